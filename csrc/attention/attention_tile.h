@@ -1,0 +1,134 @@
+// What forward and backward of attention share: scratch memory, packing of strided rows, visibility, dropout.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "../gemm.h"
+#include "../philox.h"
+#include "attention.h"
+
+namespace nlpfast::NLPFAST_ISA {
+
+constexpr int64_t NO_EDGE = int64_t{1} << 48;
+// Row stride of a tile: the odd register keeps a column of the tile from falling into a single cache set.
+constexpr int64_t TILE_STRIDE = KEY_BLOCK + LANES;
+constexpr int64_t TILE = QUERY_BLOCK * TILE_STRIDE;
+
+// Per-thread memory that grows to the largest call and is reused by the next; cut into 64-byte aligned pieces.
+class Scratch {
+ public:
+  void reserve(int64_t floats) {
+    used_ = 0;
+    if (floats <= capacity_) return;
+    std::free(data_);
+    data_ = nullptr;
+    capacity_ = 0;
+    void* fresh = std::aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64)));
+    if (!fresh) throw std::bad_alloc();
+    data_ = static_cast<float*>(fresh);
+    capacity_ = floats;
+  }
+  float* take(int64_t floats) {
+    float* piece = data_ + used_;
+    used_ += size(floats);
+    return piece;
+  }
+  static int64_t size(int64_t floats) { return round_up(floats, 16); }
+  ~Scratch() { std::free(data_); }
+
+ private:
+  float* data_ = nullptr;
+  int64_t capacity_ = 0, used_ = 0;
+};
+
+inline Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+// Rows of one head: either the tensor itself or a packed copy, padded with zeros to whole registers.
+struct Rows {
+  const float* data;
+  int64_t stride;
+  const float* row(int64_t i) const { return data + i * stride; }
+};
+
+inline const float* head_of(const Strided& x, int64_t b, int64_t h) { return x.data + b * x.batch + h * x.head; }
+
+inline void copy_row(float* to, const float* from, int64_t step, int64_t n, int64_t padded) {
+  if (step == 1)
+    std::memcpy(to, from, static_cast<size_t>(n) * 4);
+  else
+    for (int64_t c = 0; c < n; ++c) to[c] = from[c * step];
+  std::fill(to + n, to + padded, 0.0f);
+}
+
+// Whether rows can be read in place as the right operand of a product: whole registers, adjacent rows.
+inline bool is_packed(const Strided& x, int64_t columns) {
+  return x.column == 1 && x.row == columns && columns % LANES == 0;
+}
+
+inline Rows rows_of(const Strided& x, const float* head, int64_t columns, const float* space) {
+  return is_packed(x, columns) ? Rows{head, columns} : Rows{space, round_up(columns, LANES)};
+}
+
+inline Rows pack(const Strided& x, const float* head, int64_t rows, int64_t columns, float* space) {
+  const int64_t padded = round_up(columns, LANES);
+  if (!is_packed(x, columns))
+    for (int64_t i = 0; i < rows; ++i) copy_row(space + i * padded, head + i * x.row, x.column, columns, padded);
+  return rows_of(x, head, columns, space);
+}
+
+// The transpose of `rows` in panels of PANEL keys: to[panel][column][key]. Missing keys become zeros.
+inline void pack_transposed(const Rows& x, int64_t rows, int64_t columns, float* to) {
+  for (int64_t j = 0; j < round_up(rows, LANES); j += LANES) {
+    float* panel = to + j / PANEL * PANEL * columns + j % PANEL;
+    for (int64_t c = 0; c < columns; c += LANES) {
+      Floats square[LANES];
+      for (int r = 0; r < LANES; ++r) square[r] = j + r < rows ? load(x.row(j + r) + c) : Floats{};
+      transpose(square);
+      const int64_t width = std::min<int64_t>(LANES, columns - c);
+      for (int r = 0; r < width; ++r) store(panel + (c + r) * PANEL, square[r]);
+    }
+  }
+}
+
+// Keys of batch b that any query can see.
+inline int64_t visible_keys(const AttentionProblem& p, int64_t b) {
+  int64_t keys = p.key_lengths ? std::clamp<int64_t>(p.key_lengths[b], 0, p.S) : p.S;
+  if (p.causal) keys = std::clamp<int64_t>(p.L + p.diagonal, 0, keys);
+  return keys;
+}
+
+// A tile of scores: rows i0.., columns j0.. of head bh; element (i, j) is visible iff j <= i + edge (and j < cols).
+struct Tile {
+  int64_t i0, j0, rows, cols, edge;
+  uint32_t head;
+
+  // Number of visible columns of row i.
+  int64_t limit(int64_t i) const { return std::clamp<int64_t>(i + edge + 1, 0, cols); }
+  // Columns that the products read for rows up to i: its own and those of the block of rows that it may share.
+  int64_t extent(int64_t i) const { return std::min(round_up(cols, LANES), round_up(limit(i) + BLOCK_ROWS, LANES)); }
+};
+
+inline Tile make_tile(const AttentionProblem& p, int64_t head, int64_t i0, int64_t j0, int64_t keys) {
+  const int64_t rows = std::min(QUERY_BLOCK, p.L - i0), cols = std::min(KEY_BLOCK, keys - j0);
+  const int64_t edge = p.causal ? i0 + p.diagonal - j0 : NO_EDGE;
+  return {i0, j0, rows, cols, edge, static_cast<uint32_t>(head)};
+}
+
+// Strip s of n, first and last alternating: neighbouring units of a causal head then cost about the same in sum.
+inline int64_t folded(int64_t s, int64_t n) { return s % 2 ? n - 1 - s / 2 : s / 2; }
+
+// First row at or after `first` of the block grid whose queries can see key j0.
+inline int64_t first_row(const AttentionProblem& p, int64_t first, int64_t j0) {
+  const int64_t visible = p.causal ? std::max<int64_t>(0, j0 - p.diagonal) : 0;
+  return std::max(first, visible / QUERY_BLOCK * QUERY_BLOCK);
+}
+
+inline int64_t query_blocks(const AttentionProblem& p) { return (p.L + QUERY_BLOCK - 1) / QUERY_BLOCK; }
+
+}  // namespace nlpfast::NLPFAST_ISA

@@ -1,0 +1,104 @@
+// Small matrix products for tiles that live in the L1 and L2 cache: C = A B or C += A B.
+//
+// C is computed in blocks of BLOCK_ROWS x (PANEL_VECTORS registers), which hold their sums in registers over the whole
+// inner dimension; elements of A are broadcast, rows of B are loaded. Each element of C adds its products in the order
+// of k, whatever the block it falls into, so results do not depend on how a matrix is cut into rows.
+//
+// Triangular work is trimmed: with `edge` e, element (row i, column j) of the attention tile is visible iff j <= i + e.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace nlpfast::NLPFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int BLOCK_ROWS = 8;
+#else
+constexpr int BLOCK_ROWS = 4;
+#endif
+constexpr int PANEL_VECTORS = 2;
+constexpr int PANEL = PANEL_VECTORS * LANES;
+
+enum class Trim {
+  none,
+  columns,  // C is the tile itself: blocks right of the edge are not computed
+  k_end,    // A is the tile: row i needs k <= i + e
+  k_begin,  // A is the transposed tile: row j needs k >= j - e
+};
+
+// a(m, k) = a[m * lda + k], or a[k * lda + m] if TRANSPOSED.
+// Panel p of B (PANEL columns wide) starts at b + p * PANEL * panel_step, its rows are ldb apart.
+struct Product {
+  const float* a;
+  int64_t lda;
+  const float* b;
+  int64_t ldb, panel_step;
+  float* c;
+  int64_t ldc;
+  int64_t m, n, k;
+  int64_t edge;
+};
+
+template <int ROWS, int VECTORS, bool TRANSPOSED, bool ADD>
+inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k_begin,
+                  int64_t k_end) {
+  Floats sum[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = ADD ? load(c + r * ldc + v * LANES) : Floats{};
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    Floats row[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) row[v] = load(b + k * ldb + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const Floats x = broadcast(TRANSPOSED ? a[k * lda + r] : a[r * lda + k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] += x * row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) store(c + r * ldc + v * LANES, sum[r][v]);
+}
+
+template <int ROWS, int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
+inline void rows_of_panel(const Product& p, int64_t first, int64_t column, const float* b) {
+  int64_t k_begin = 0, k_end = p.k;
+  if (TRIM == Trim::columns && first + ROWS - 1 + p.edge < column) return;
+  if (TRIM == Trim::k_end) k_end = std::min(p.k, first + ROWS + p.edge);
+  if (TRIM == Trim::k_begin) k_begin = std::max<int64_t>(0, first - p.edge);
+  const float* a = TRANSPOSED ? p.a + first : p.a + first * p.lda;
+  block<ROWS, VECTORS, TRANSPOSED, ADD>(a, p.lda, b, p.ldb, p.c + first * p.ldc + column, p.ldc, k_begin, k_end);
+}
+
+template <int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
+inline void panel(const Product& p, int64_t column) {
+  const float* b = p.b + column * p.panel_step;
+  int64_t i = 0;
+  for (; i + BLOCK_ROWS <= p.m; i += BLOCK_ROWS)
+    rows_of_panel<BLOCK_ROWS, VECTORS, TRANSPOSED, ADD, TRIM>(p, i, column, b);
+  if (BLOCK_ROWS > 4 && i + 4 <= p.m) {
+    rows_of_panel<4, VECTORS, TRANSPOSED, ADD, TRIM>(p, i, column, b);
+    i += 4;
+  }
+  if (i + 2 <= p.m) {
+    rows_of_panel<2, VECTORS, TRANSPOSED, ADD, TRIM>(p, i, column, b);
+    i += 2;
+  }
+  if (i < p.m) rows_of_panel<1, VECTORS, TRANSPOSED, ADD, TRIM>(p, i, column, b);
+}
+
+// Columns are computed in whole registers: C and B hold round_up(n, LANES) of them.
+template <bool TRANSPOSED, bool ADD, Trim TRIM>
+void multiply(const Product& p) {
+  int64_t column = 0;
+  for (; column + PANEL - LANES < p.n; column += PANEL) panel<2, TRANSPOSED, ADD, TRIM>(p, column);
+  if (column < p.n) panel<1, TRANSPOSED, ADD, TRIM>(p, column);
+}
+
+}  // namespace nlpfast::NLPFAST_ISA

@@ -1,0 +1,160 @@
+// One SIMD register of floats, written once and compiled once per instruction set.
+//
+// The compiler's vector extension gives arithmetic, comparison and selection on `Floats`; only what it cannot say
+// (broadcast, maximum, 32x32->64 bit products) uses intrinsics. Every translation unit that includes this file is
+// compiled with NLPFAST_ISA set to its instruction set, which keeps the copies apart in the linked library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef NLPFAST_ISA
+#error "NLPFAST_ISA names the instruction set that this file is compiled for"
+#endif
+
+namespace nlpfast::NLPFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t UInts __attribute__((vector_size(4 * LANES)));
+typedef uint64_t ULongs __attribute__((vector_size(4 * LANES)));
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+inline Floats broadcast(float x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_set1_ps(x);
+#elif defined(__x86_64__)
+  return (Floats)_mm_set1_ps(x);
+#else
+  return Floats{x, x, x, x};
+#endif
+}
+
+// Lane-wise maximum. A NaN in `a` is dropped, as maxps does; callers meet it again in the exponential.
+inline Floats maximum(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (Floats)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Products of the low 32 bits of each 64-bit lane.
+inline ULongs multiply_low_halves(ULongs a, ULongs b) {
+#if defined(__AVX512F__)
+  return (ULongs)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (ULongs)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (ULongs)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffull) * (b & 0xffffffffull);
+#endif
+}
+
+// 0, 1, 2, ... in the lanes.
+inline Ints lane_numbers() {
+  Ints v;
+  for (int lane = 0; lane < LANES; ++lane) v[lane] = lane;
+  return v;
+}
+
+namespace detail {
+template <int DISTANCE, int... I>
+inline Floats swap_lanes(Floats v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I ^ DISTANCE)...);
+}
+
+// Folds the lanes in a fixed order: halves, quarters, ... so that a sum has the same bits on every call.
+template <int DISTANCE, class F>
+inline float fold(Floats v, F&& combine) {
+  if constexpr (DISTANCE == 0)
+    return v[0];
+  else
+    return fold<DISTANCE / 2>(combine(v, swap_lanes<DISTANCE>(v, std::make_integer_sequence<int, LANES>{})), combine);
+}
+}  // namespace detail
+
+inline float sum_lanes(Floats v) {
+  return detail::fold<LANES / 2>(v, [](Floats a, Floats b) { return a + b; });
+}
+
+inline float max_lanes(Floats v) {
+  return detail::fold<LANES / 2>(v, [](Floats a, Floats b) { return maximum(a, b); });
+}
+
+// e^x to about 1 ulp; 0 below -87.3, where the result would leave the normal range; NaN stays NaN.
+//
+// x = n ln 2 + r with |r| <= ln 2 / 2: adding 1.5 * 2^23 + 127 leaves n + 127 in the low bits of the sum, so one shift
+// makes 2^n of it. Reduction constants and polynomial for e^r: Cephes, expf.c (S. Moshier).
+inline Floats exp(Floats x) {
+  const Floats magic = broadcast(12583039.0f);
+  Floats shifted = x * 1.44269504088896341f + magic;
+  Floats n = shifted - magic;
+  Floats r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  Floats scale = (Floats)((Ints)shifted << 23);
+  return x < broadcast(-87.3f) ? Floats{} : p * scale;
+}
+
+namespace detail {
+template <bool HIGH, int... I>
+inline Floats zip(Floats a, Floats b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (HIGH ? LANES / 2 : 0) + I / 2 + (I % 2 ? LANES : 0)...);
+}
+}  // namespace detail
+
+// In-place transpose of LANES rows: log2(LANES) rounds of interleaving row i with row i + LANES / 2.
+inline void transpose(Floats (&rows)[LANES]) {
+  using Lanes = std::make_integer_sequence<int, LANES>;
+#pragma GCC unroll 4
+  for (int round = 1; round < LANES; round *= 2) {
+    Floats mixed[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; ++i) {
+      mixed[2 * i] = detail::zip<false>(rows[i], rows[i + LANES / 2], Lanes{});
+      mixed[2 * i + 1] = detail::zip<true>(rows[i], rows[i + LANES / 2], Lanes{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) rows[i] = mixed[i];
+  }
+}
+
+}  // namespace nlpfast::NLPFAST_ISA

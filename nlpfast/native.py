@@ -1,0 +1,50 @@
+"""The compiled library: load it, know its version of the truth, and say why it is missing."""
+
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def _load(name: str) -> str:
+    """Load one shared library of operations; "ok", or the reason why it is missing in one line."""
+    path = FOLDER / name
+    if not path.exists():
+        return f"{name} was not built (reinstall with NLPFAST_NATIVE=required to see the compiler's error)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{name} does not load: {' '.join(str(error).split())}"
+    return "ok"
+
+
+def _import_c() -> ModuleType | None:
+    try:
+        from nlpfast import _C
+    except ImportError:
+        return None
+    return _C
+
+
+_C = _import_c()
+_STATUS = _load("libnlpfast_cpu.so")
+
+
+def status() -> str:
+    """Return "ok" if the CPU operations are loaded, else one line with the reason."""
+    return _STATUS
+
+
+def build_info() -> dict[str, str]:
+    """Return how the native library was built: compiler, torch, instruction_sets, cuda, sanitizers ({} if missing)."""
+    return dict(_C.build_info()) if _C else {}
+
+
+def cpu_capability() -> str:
+    """Return the instruction set in use: DEFAULT, AVX2, AVX512, AVX512_AMX; NONE without a native library.
+
+    `ATEN_CPU_CAPABILITY` (default, avx2, avx512) lowers it, as it lowers PyTorch's own kernels.
+    """
+    return str(_C.cpu_capability()) if _C else "NONE"
