@@ -8,7 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = os.environ.get("NLPFAST_NATIVE", "auto")
@@ -33,22 +33,20 @@ class CMakeBuild(build_ext):
         source = Path(__file__).parent.resolve()
         target = source / "nlpfast" if self.inplace else Path(self.build_lib).resolve() / "nlpfast"
         folder = source / "build" / f"cmake-{sys.implementation.cache_tag}"
-        # An isolated build sees the environment's own torch, if it has one, only through this path.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), SITE])}
         cmake, ninja = shutil.which("cmake") or "cmake", shutil.which("ninja") or "ninja"
-        configure = [cmake, "-S", source, "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        settings = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         for command in (
-            [*configure, f"-DCMAKE_MAKE_PROGRAM={ninja}"],
+            [cmake, "-S", source, "-B", folder, "-G", "Ninja", *settings],
             [cmake, "--build", folder],
             [cmake, "--install", folder, "--prefix", target],
         ):
-            subprocess.run(command, check=True, env=environment)
+            subprocess.run(command, check=True)
 
 
+# An isolated build of pip sees the environment's own torch, if it has one, only by looking into its folder.
 has_torch = importlib.util.find_spec("torch") is not None or Path(SITE, "torch").is_dir()
 setup(
-    packages=["nlpfast", *(f"nlpfast.{p.parent.relative_to('nlpfast')}".replace(os.sep, ".")
-                           for p in sorted(Path("nlpfast").glob("*/**/__init__.py"))), "nlpfast.benchmarks"],
+    packages=[*find_packages(include=["nlpfast*"]), "nlpfast.benchmarks"],
     package_dir={"nlpfast": "nlpfast", "nlpfast.benchmarks": "benchmarks"},
     package_data={"nlpfast": ["py.typed", "*.so"]},
     setup_requires=[] if has_torch or NATIVE == "0" else ["torch>=2.10"],

@@ -38,7 +38,10 @@ def status() -> str:
 
 
 def build_info() -> dict[str, str]:
-    """Return how the native library was built: compiler, torch, instruction_sets, cuda, sanitizers ({} if missing)."""
+    """Return how the native library was built, {} if it is missing.
+
+    Keys: compiler, torch (whose headers), instruction_sets, cuda, sanitizers.
+    """
     return dict(_C.build_info()) if _C else {}
 
 
