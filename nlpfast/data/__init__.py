@@ -1,0 +1,1 @@
+"""Data sets and readers; nothing here knows a model."""

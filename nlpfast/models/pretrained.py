@@ -1,0 +1,150 @@
+"""A saved model: a folder with config.json and model.safetensors. Reading one executes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_weights", "read_config", "read_weights", "write"]
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def write(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write a model's configuration and weights.
+
+    Both files are first written under temporary names in the same folder and flushed to the disk, then
+    renamed: a write that fails leaves the files that were there.
+
+    Args:
+        folder: made when missing.
+        config: plain values by name.
+        state: a state dict; no two tensors may share memory.
+
+    Raises:
+        OSError: when the folder cannot be made or a file cannot be written; names it.
+    """
+    folder = Path(folder)
+    text = json.dumps(config, indent=2) + "\n"
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    writers: dict[str, Callable[[Path], object]] = {
+        WEIGHTS_FILE: lambda path: save_file(tensors, path),
+        CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8"),
+    }
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in writers}
+    target = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write_file in writers.items():
+            target = folder / name
+            write_file(temporary[name])
+            _flush(temporary[name])
+        for name, path in temporary.items():
+            target = folder / name
+            os.replace(path, target)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"{target}: cannot be written ({reason}); free space or choose another folder"
+        ) from error
+    finally:
+        # what was renamed is gone by now; whatever is left belongs to a write that failed
+        for path in temporary.values():
+            if path.exists():
+                path.unlink()
+
+
+def read_config(folder: str | Path, model_type: str) -> dict[str, Any]:
+    """Return the fields of config.json without `model_type`.
+
+    Args:
+        folder: a saved model.
+        model_type: the kind of model that is expected; a file that names none is taken for it.
+
+    Raises:
+        OSError: when the file is missing or unreadable; names it.
+        ValueError: when it is not JSON, or of another kind of model; names it.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); save the model again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: holds a {type(fields).__name__}, expected an object; save the model again")
+    found = fields.pop("model_type", model_type)
+    if found != model_type:
+        raise ValueError(
+            f"{path}: model_type is {found!r}, expected {model_type!r}; load it with the class it is for"
+        )
+    return fields
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of model.safetensors, on the CPU, in memory of their own.
+
+    Args:
+        folder: a saved model.
+
+    Raises:
+        OSError: when the file is missing or unreadable; names it.
+        ValueError: when it is damaged; names it.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    try:
+        # copied, as the tensors of load_file may be a view of the file, which somebody may replace
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a readable safetensors file ({error}); save the model again"
+        ) from error
+
+
+def check_weights(folder: str | Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise an error that names the file and the first key that differs, unless keys and shapes agree.
+
+    Args:
+        folder: a saved model, for the error.
+        expected: the state dict of a model of the configuration.
+        found: what `read_weights` returned.
+
+    Raises:
+        ValueError: when a key is missing, is not part of the model, or has another shape.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    fix = f"use the {CONFIG_FILE} that belongs to these weights"
+    for name in sorted(expected.keys() ^ found.keys()):
+        reason = "is missing" if name in expected else "is not part of the model"
+        raise ValueError(f"{path}: {name} {reason}; {fix}")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            shapes = f"has shape {list(found[name].shape)}, the configuration says {list(tensor.shape)}"
+            raise ValueError(f"{path}: {name} {shapes}; {fix}")
+
+
+def _unreadable(path: Path, error: OSError) -> OSError:
+    # the class stays that of the cause, such as FileNotFoundError
+    reason = error.strerror or ("no such file" if isinstance(error, FileNotFoundError) else str(error))
+    return type(error)(f"{path}: cannot be read ({reason}); give a folder with a saved model")
+
+
+def _flush(path: Path) -> None:
+    # a folder cannot be opened for writing, and fsync asks for no more than reading
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
