@@ -44,8 +44,7 @@ inline PhiloxWords philox(PhiloxKey key, uint32_t first, uint32_t row_group, uin
     k1 += 0xBB67AE85u;
   }
   PhiloxWords words;
-  for (int w = 0; w < 4; ++w)
-    words.word[w] = (UInts)((counter[0][w] & 0xffffffffull) | (counter[1][w] << 32));
+  for (int w = 0; w < 4; ++w) words.word[w] = (UInts)((counter[0][w] & 0xffffffffull) | (counter[1][w] << 32));
   return words;
 }
 

@@ -1,5 +1,6 @@
-"""The compiled library: load it, know its version of the truth, and say why it is missing."""
+"""The compiled library: load it, say how it was built and what the CPU offers, or why it is missing."""
 
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -22,10 +23,9 @@ def _load(name: str) -> str:
 
 def _import_c() -> ModuleType | None:
     try:
-        from nlpfast import _C
+        return importlib.import_module("nlpfast._C")
     except ImportError:
         return None
-    return _C
 
 
 _C = _import_c()

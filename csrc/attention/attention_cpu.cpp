@@ -5,8 +5,8 @@
 
 namespace nlpfast {
 
-#define NLPFAST_DECLARE_KERNELS(isa) \
-  namespace isa {                    \
+#define NLPFAST_DECLARE_KERNELS(isa)       \
+  namespace isa {                          \
   extern const AttentionKernels attention; \
   }
 NLPFAST_DECLARE_KERNELS(baseline)
@@ -149,8 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
 
   const int64_t threads = torch::stable::get_num_threads(), key_blocks = (p.S + KEY_BLOCK - 1) / KEY_BLOCK;
   const auto run = [&](Gradients wanted, int64_t units) {
-    parallel_for(0, units, 1,
-                 [&](int64_t begin, int64_t end) { attention_kernels().backward(p, wanted, begin, end); });
+    parallel_for(0, units, 1, [&](int64_t begin, int64_t end) { attention_kernels().backward(p, wanted, begin, end); });
   };
   // Too few heads for the threads: two passes that recompute the tiles (7 products for 5), same bits.
   if (shared < threads && (key_blocks > 1 || p.L > QUERY_BLOCK)) {

@@ -15,7 +15,8 @@ struct Online {
   float max[QUERY_BLOCK], sum[QUERY_BLOCK];
 };
 
-// Scores -> unnormalised probabilities in place; updates the statistics and rescales the rows of `o` to the new maximum.
+// Scores -> unnormalised probabilities in place; updates the statistics and rescales the rows of `o` to the new
+// maximum.
 void softmax_tile(const AttentionProblem& p, const Tile& t, float* s, Online& online, float* o, int64_t width) {
   const Ints lane = lane_numbers();
   const Floats scale = broadcast(p.scale);
@@ -28,6 +29,11 @@ void softmax_tile(const AttentionProblem& p, const Tile& t, float* s, Online& on
     const float before = online.max[i], max = std::max(before, max_lanes(top));
     // A row whose scores are all -inf or NaN so far: any finite reference gives 0 and NaN.
     const Floats reference = broadcast(max == -INF ? 0.0f : max);
+    if (t.j0 > 0) {
+      const float correction = std::exp(before - reference[0]);
+      online.sum[i] *= correction;
+      for (int64_t e = 0; e < width; e += LANES) store(o + e, load(o + e) * correction);
+    }
     Floats sum{};
     for (int32_t j = 0; j < whole; j += LANES) {
       const Floats e = exp(load(s + j) * scale - reference);
@@ -39,11 +45,8 @@ void softmax_tile(const AttentionProblem& p, const Tile& t, float* s, Online& on
       sum += e;
       store(s + j, e);
     }
-    const float correction = std::exp(before - reference[0]);
     online.max[i] = max;
-    online.sum[i] = online.sum[i] * correction + sum_lanes(sum);
-    if (t.j0 > 0)
-      for (int64_t e = 0; e < width; e += LANES) store(o + e, load(o + e) * correction);
+    online.sum[i] += sum_lanes(sum);
   }
 }
 
@@ -66,19 +69,17 @@ void drop_tile(const AttentionProblem& p, const Tile& t, float* s) {
 }
 
 void forward_strip(const AttentionForward& p, int64_t head, int64_t first_block, int64_t last_block) {
-  const int64_t b = head / p.H, h = head % p.H, width = round_up(p.E, LANES);
+  const int64_t b = head / p.H, h = head % p.H, q_width = round_up(p.D, LANES), width = round_up(p.E, LANES);
   const int64_t keys = visible_keys(p, b);
-  const int64_t transposed = round_up(keys, PANEL) * round_up(p.D, LANES);
-  Scratch& scratch = thread_scratch();
-  scratch.reserve(Scratch::size(keys * round_up(p.D, LANES)) + Scratch::size(keys * width) +
-                  Scratch::size(transposed) + Scratch::size(QUERY_BLOCK * round_up(p.D, LANES)) +
-                  Scratch::size(QUERY_BLOCK * width) + Scratch::size(TILE));
-  const Rows k = pack(p.k, head_of(p.k, b, h / p.G), keys, p.D, scratch.take(keys * round_up(p.D, LANES)));
-  const Rows v = pack(p.v, head_of(p.v, b, h / p.G), keys, p.E, scratch.take(keys * width));
-  float* kt = scratch.take(transposed);
-  float* q_space = scratch.take(QUERY_BLOCK * round_up(p.D, LANES));
-  float* o = scratch.take(QUERY_BLOCK * width);
-  float* s = scratch.take(TILE);
+  float *k_space, *v_space, *kt, *q_space, *o, *s;
+  take_all({{&k_space, keys * q_width},
+            {&v_space, keys * width},
+            {&kt, round_up(keys, PANEL) * q_width},
+            {&q_space, QUERY_BLOCK * q_width},
+            {&o, QUERY_BLOCK * width},
+            {&s, TILE}});
+  const Rows k = pack(p.k, head_of(p.k, b, h / p.G), keys, p.D, k_space);
+  const Rows v = pack(p.v, head_of(p.v, b, h / p.G), keys, p.E, v_space);
   pack_transposed(k, keys, p.D, kt);
 
   for (int64_t block = first_block; block < last_block; ++block) {
@@ -95,8 +96,7 @@ void forward_strip(const AttentionForward& p, int64_t head, int64_t first_block,
           {q.data, q.stride, kt + j0 * p.D, PANEL, p.D, s, TILE_STRIDE, rows, t.cols, p.D, t.edge});
       softmax_tile(p, t, s, online, o, width);
       if (p.drop_threshold > 0) drop_tile(p, t, s);
-      multiply<false, true, Trim::k_end>(
-          {s, TILE_STRIDE, v.row(j0), v.stride, 1, o, width, rows, p.E, t.cols, t.edge});
+      multiply<false, true, Trim::k_end>({s, TILE_STRIDE, v.row(j0), v.stride, 1, o, width, rows, p.E, t.cols, t.edge});
     }
     for (int64_t i = 0; i < rows; ++i) {
       const float sum = online.sum[i], inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
@@ -166,16 +166,19 @@ struct Workspace {
       : q_width(round_up(p.D, LANES)), v_width(round_up(p.E, LANES)) {
     const int64_t keys = r.j_end - r.j_begin, queries = (r.head_end - r.head_begin) * (r.i_end - r.i_begin);
     const int64_t panels = round_up(keys, PANEL);
-    const int64_t sizes[] = {keys * q_width,         keys * v_width, panels * q_width, panels * v_width,
-                             queries * q_width,      queries * v_width, queries,       queries,
-                             TILE,                   TILE,           QUERY_BLOCK * q_width, KEY_BLOCK * q_width,
-                             KEY_BLOCK * v_width};
-    float** pieces[] = {&k, &v, &kt, &vt, &q, &grad, &lse, &delta, &s, &dp, &dq, &dk, &dv};
-    int64_t total = 0;
-    for (int64_t size : sizes) total += Scratch::size(size);
-    Scratch& scratch = thread_scratch();
-    scratch.reserve(total);
-    for (int n = 0; n < 13; ++n) *pieces[n] = scratch.take(sizes[n]);
+    take_all({{&k, keys * q_width},
+              {&v, keys * v_width},
+              {&kt, panels * q_width},
+              {&vt, panels * v_width},
+              {&q, queries * q_width},
+              {&grad, queries * v_width},
+              {&lse, queries},
+              {&delta, queries},
+              {&s, TILE},
+              {&dp, TILE},
+              {&dq, QUERY_BLOCK * q_width},
+              {&dk, KEY_BLOCK * q_width},
+              {&dv, KEY_BLOCK * v_width}});
   }
 };
 

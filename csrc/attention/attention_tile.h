@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <initializer_list>
 #include <new>
+#include <utility>
 
 #include "../gemm.h"
 #include "../philox.h"
@@ -17,36 +19,36 @@ constexpr int64_t NO_EDGE = int64_t{1} << 48;
 constexpr int64_t TILE_STRIDE = KEY_BLOCK + LANES;
 constexpr int64_t TILE = QUERY_BLOCK * TILE_STRIDE;
 
-// Per-thread memory that grows to the largest call and is reused by the next; cut into 64-byte aligned pieces.
+// Per-thread memory that grows to the largest call and is reused by the next.
 class Scratch {
  public:
-  void reserve(int64_t floats) {
-    used_ = 0;
-    if (floats <= capacity_) return;
-    std::free(data_);
-    data_ = nullptr;
-    capacity_ = 0;
-    void* fresh = std::aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64)));
-    if (!fresh) throw std::bad_alloc();
-    data_ = static_cast<float*>(fresh);
-    capacity_ = floats;
+  float* reserve(int64_t floats) {
+    if (floats > capacity_) {
+      std::free(data_);
+      capacity_ = 0;
+      data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(floats, 16) * 4)));
+      if (!data_) throw std::bad_alloc();
+      capacity_ = floats;
+    }
+    return data_;
   }
-  float* take(int64_t floats) {
-    float* piece = data_ + used_;
-    used_ += size(floats);
-    return piece;
-  }
-  static int64_t size(int64_t floats) { return round_up(floats, 16); }
   ~Scratch() { std::free(data_); }
 
  private:
   float* data_ = nullptr;
-  int64_t capacity_ = 0, used_ = 0;
+  int64_t capacity_ = 0;
 };
 
-inline Scratch& thread_scratch() {
+// Points each piece at so many floats of the thread's scratch memory, 64-byte aligned; what was there is lost.
+inline void take_all(std::initializer_list<std::pair<float**, int64_t>> pieces) {
   static thread_local Scratch scratch;
-  return scratch;
+  int64_t total = 0;
+  for (const auto& [piece, size] : pieces) total += round_up(size, 16);
+  float* next = scratch.reserve(total);
+  for (const auto& [piece, size] : pieces) {
+    *piece = next;
+    next += round_up(size, 16);
+  }
 }
 
 // Rows of one head: either the tensor itself or a packed copy, padded with zeros to whole registers.

@@ -127,3 +127,20 @@ def test_every_lower_instruction_set_passes_the_same_tests(level: str) -> None:
     summary = result.stdout.strip().splitlines()[-1]
     print(f"{level}: {summary}")
     assert result.returncode == 0 and "passed" in summary, result.stdout[-3000:]
+
+
+def test_offsets_beyond_two_to_the_thirty_first() -> None:
+    """Batch entries 2^30 elements apart: the last one starts at 2^31. Only the pages that are used exist."""
+    inputs = make_inputs(3, 1, 9, 9, 8)
+    memory = torch.empty(2**31 + 72)
+    far = memory.as_strided((3, 1, 9, 8), (2**30, 72, 8, 1))
+    near = attention(inputs[0], *inputs[1:], is_causal=True, backend="cpu")
+    far.copy_(inputs[0])
+    assert torch.equal(attention(far, *inputs[1:], is_causal=True, backend="cpu"), near)
+    grad_out = torch.randn_like(near)
+    lse = attention(*inputs, is_causal=True, return_lse=True, backend="cpu")[1]
+    call = (*inputs, near, lse, None, None, 0.0, 1, 0.5)
+    wanted = OPS.attention_backward(grad_out, None, *call)
+    far.copy_(grad_out)
+    actual = OPS.attention_backward(far, None, *call)
+    assert all(torch.equal(a, w) for a, w in zip(actual, wanted, strict=True))

@@ -1,0 +1,91 @@
+# Every verb makes the virtual environment .venv when it is missing, and brings it up to date when the build changed.
+#   make demo | test | lint | types | bench | sanitize | soak | gpu | clean
+
+PYTHON ?= python3
+# A build without the native library is not what these verbs are for; NLPFAST_NATIVE=auto lets it pass.
+export NLPFAST_NATIVE ?= required
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+BIN := .venv/bin
+NATIVE := $(shell find csrc -type f)
+INSTALLED := .venv/installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint types bench sanitize soak gpu clean
+
+# Trains a small GPT on the text that comes with nlpfast, writes a sample, and times the kernel against PyTorch's.
+demo: $(INSTALLED)
+	$(BIN)/nlpfast train lm --output-dir runs/demo --overwrite --max-steps 1000 --eval-every 200 --log-every 100
+	$(BIN)/nlpfast generate runs/demo/best --max-new-tokens 400 --temperature 0.7
+	$(BIN)/nlpfast bench attention --quick
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest tests
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu,$(NATIVE))
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+# Takes some minutes; leave the machine alone meanwhile.
+bench: $(INSTALLED)
+	mkdir -p benchmarks/results
+	$(BIN)/nlpfast bench --output benchmarks/results
+	$(BIN)/python -m benchmarks.report benchmarks/results benchmarks/RESULTS.md
+
+# The tests of the ops on a library that watches every memory access; PyTorch itself is not watched.
+WATCHED = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)"
+sanitize: export ASAN_OPTIONS = detect_leaks=0
+sanitize: export UBSAN_OPTIONS = print_stacktrace=1
+sanitize: export PYTHONPATH = $(CURDIR)/build/sanitize/site
+sanitize: $(INSTALLED)
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		-DNLPFAST_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/sanitize
+	rm -rf $(PYTHONPATH)
+	mkdir -p $(PYTHONPATH)
+	cp -r nlpfast $(PYTHONPATH)
+	rm -f $(PYTHONPATH)/nlpfast/*.so
+	$(BIN)/cmake --install build/sanitize --prefix $(PYTHONPATH)/nlpfast
+	cd $(PYTHONPATH) && $(WATCHED) $(CURDIR)/$(BIN)/python -c \
+		'from nlpfast import native; print("sanitizers:", native.build_info()["sanitizers"] or exit("none"))'
+	$(WATCHED) $(BIN)/pytest tests/ops
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest tests/ops --hypothesis-profile=soak -k properties
+
+# Uses PYTHON as it is: no virtual environment, no network.
+gpu:
+	@if ! $(PYTHON) -c 'import torch' 2>/dev/null && command -v nvidia-smi >/dev/null; then \
+		echo "make gpu: $(PYTHON) has no torch; name an interpreter that has it: make gpu PYTHON=..." >&2; exit 2; \
+	elif ! $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		echo "make gpu: PyTorch sees no CUDA device here: nothing to do"; \
+	else \
+		$(PYTHON) -m pytest tests -m cuda || [ $$? -eq 5 ] && $(PYTHON) -m nlpfast bench --quick --device cuda; \
+	fi
+
+clean:
+	rm -rf build dist runs/demo *.egg-info nlpfast/*.so $(INSTALLED)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find nlpfast benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first: setup.py builds against the one that is there, with the cmake and ninja that are in the PATH.
+$(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo \
+		"nlpfast needs Python 3.10 or later as $(PYTHON): install it, or name it: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo \
+		"$(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv)" \
+		>&2; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
+		|| { echo "$(PYTHON) has no header files: install them (Debian, Ubuntu: apt install python3-dev)" >&2; exit 2; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo \
+		"nlpfast needs a C++ compiler: install one (Debian, Ubuntu: apt install g++) or name it in CXX" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(PIP_INSTALL) torch numpy
+	$(PIP_INSTALL) cmake ninja pybind11 setuptools
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,217 @@
+"""Attention, forward and backward, against PyTorch's own and against eager and compiled formulas.
+
+Sizes are (B, H, L, S, D): batch, heads, query length, key length, head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import nlpfast
+from nlpfast import dispatch, testing
+from nlpfast.ops.attention import reference
+
+from .measure import Settings, Step
+
+OP = "attention"
+OURS = "nlpfast"
+# The strongest rival first: the quick run has time for one.
+PEERS = ("sdpa", "eager", "compile")
+SEED = 20_170_612
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size.
+
+    Attributes:
+        shape: (B, H, L, S, D).
+        causal: query i sees keys 0..i.
+        dropout: the probability of dropping an attention probability.
+        dtype: of inputs and outputs.
+        transposed: inputs are views of [B, L, H, D] tensors, as a model's projections give them.
+        goal: how many times faster than the first peer ours must be, None for sizes that are for information.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    causal: bool = False
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.float32
+    transposed: bool = False
+    goal: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The size and what is special about it, in one line."""
+        words = [str(self.shape).replace(" ", ""), str(self.dtype).removeprefix("torch.")]
+        words += ["causal"] * self.causal + [f"dropout {self.dropout}"] * (self.dropout > 0)
+        return " ".join(words + ["transposed views"] * self.transposed)
+
+
+CASES = (
+    Case((32, 8, 128, 128, 32), causal=True, goal=2.0),
+    Case((32, 8, 128, 128, 32), causal=True, dropout=0.1, goal=4.0),
+    Case((2, 12, 512, 512, 64), goal=1.2),
+    Case((32, 8, 128, 128, 32), causal=True, transposed=True),
+    Case((32, 8, 64, 64, 64)),
+    Case((1, 12, 1024, 1024, 64), causal=True),
+    Case((8, 8, 64, 1024, 64)),
+)
+
+
+def describe(case: Case) -> dict[str, object]:
+    """Return the case as plain data."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {"name": case.name, **asdict(case), "shape": list(case.shape), "dtype": dtype}
+
+
+def flops(case: Case) -> float:
+    """Return the operations of a step: 2 products forward, 5 backward, 2*L*S*D each; half when causal."""
+    B, H, L, S, D = case.shape
+    return 7 * 2 * L * S * D * B * H * (0.5 if case.causal else 1.0)
+
+
+def unavailable(implementation: str) -> str | None:
+    """Return why an implementation cannot run on this machine, or None."""
+    compiler = os.environ.get("CXX", "g++")
+    if implementation == "compile" and shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler and finds no {compiler}: install g++ or set CXX"
+    return None
+
+
+def chosen(case: Case, settings: Settings) -> str:
+    """Return the name of the backend that serves ours."""
+    inputs, _ = _inputs(case, settings.device)
+    request = (*inputs, None, None, None)
+    module = dispatch.choose(OP, torch.device(settings.device).type, settings.backend, request)
+    return module.__name__.rpartition(".")[2]
+
+
+def prepare(case: Case, implementation: str, settings: Settings) -> Step:
+    """Return one forward and backward pass of an implementation as a callable of no arguments."""
+    inputs, grad_out = _inputs(case, settings.device)
+    attend = _function(case, implementation, settings, case.dropout)
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(*inputs), inputs, grad_out)
+
+    return step
+
+
+def errors(case: Case, implementations: Sequence[str], settings: Settings) -> dict[str, dict[str, float]]:
+    """Compare outputs and gradients with the float64 definition on the same inputs.
+
+    Ours runs with this case's dropout and poisoned memory. A peer draws its own dropout mask, which cannot
+    be repeated, so the peers run without dropout.
+
+    Returns:
+        Implementation to tensor (out, dq, dk, dv) to the largest absolute error.
+
+    Raises:
+        RuntimeError: an error of ours is over four times that of the definition in the case's own dtype.
+    """
+    inputs, grad_out = _inputs(case, settings.device)
+    baseline = _distance(
+        _definition(case, settings.device, case.dropout, case.dtype),
+        _definition(case, settings.device, case.dropout, torch.float64),
+    )
+    found = {}
+    for name in implementations:
+        dropout = case.dropout if name == OURS else 0.0
+        attend = _function(case, name, settings, dropout, seed=SEED)
+        with testing.poison() if name == OURS else contextlib.nullcontext():
+            out = attend(*inputs)
+            grads = torch.autograd.grad(out, inputs, grad_out)
+        exact = _definition(case, settings.device, dropout, torch.float64)
+        found[name] = _distance([out.detach(), *grads], exact)
+    for tensor, error in found[OURS].items():
+        limit = 4 * baseline[tensor] + 1e-7
+        # a NaN is not within any limit
+        if not error <= limit:
+            raise RuntimeError(
+                f"{OP} {case.name}: {tensor} has error {error:.2e}, more than {limit:.2e}: fix the kernel"
+            )
+    return found
+
+
+def test_attention(benchmark: Callable[[Step], object], case: Case, implementation: str) -> None:
+    """Time one implementation alone, for `pytest benchmarks --benchmark-only`."""
+    benchmark(prepare(case, implementation, Settings()))
+
+
+def _inputs(case: Case, device: str) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return query, key, value, which want gradients, and the upstream gradient; the same at every call."""
+    B, H, L, S, D = case.shape
+    generator = torch.Generator().manual_seed(SEED)
+    tensors = []
+    for length in (L, S, S, L):
+        shape = (B, length, H, D) if case.transposed else (B, H, length, D)
+        x = torch.randn(shape, generator=generator).to(device, case.dtype)
+        tensors.append(x.transpose(1, 2) if case.transposed else x)
+    return tuple(x.requires_grad_() for x in tensors[:3]), tensors[3]
+
+
+def _function(
+    case: Case, implementation: str, settings: Settings, dropout: float, seed: int | None = None
+) -> Callable[..., Tensor]:
+    """Return a function of query, key, value; `seed` is for ours, which alone can repeat a dropout mask."""
+    if implementation == OURS:
+        options = {"dropout_p": dropout, "is_causal": case.causal, "seed": seed, "backend": settings.backend}
+        return lambda q, k, v: nlpfast.attention(q, k, v, **options)
+    if implementation == "sdpa":
+        return lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=case.causal
+        )
+    eager = _eager(case, settings.device, dropout)
+    if implementation == "eager":
+        return eager
+    # Otherwise the functions of many cases share one cache, which is limited, and later ones fail to compile.
+    torch.compiler.reset()
+    return torch.compile(eager, fullgraph=True, dynamic=False)
+
+
+def _eager(case: Case, device: str, dropout: float) -> Callable[..., Tensor]:
+    """Return attention as models write it, with the causal mask made once."""
+    _, _, L, S, D = case.shape
+    hidden = torch.ones(L, S, dtype=torch.bool, device=device).triu(1)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = query @ key.mT * D**-0.5
+        if case.causal:
+            scores = scores.masked_fill(hidden, -math.inf)
+        probs = torch.softmax(scores, dim=-1)
+        if dropout > 0.0:
+            probs = F.dropout(probs, dropout)
+        return probs @ value
+
+    return attend
+
+
+# Kept, because a run with another number of threads asks again.
+@functools.cache
+def _definition(case: Case, device: str, dropout: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return out, dq, dk, dv of the definition, computed in `dtype`."""
+    inputs, grad_out = _inputs(case, device)
+    query, key, value, grad_out = (x.detach().to(dtype) for x in (*inputs, grad_out))
+    seed = torch.tensor([SEED, 0], device=device) if dropout > 0.0 else None
+    rest = (None, None, None, seed, dropout, "top_left" if case.causal else "none", case.shape[-1] ** -0.5)
+    out, lse = reference.forward(query, key, value, *rest)
+    dq, dk, dv, _ = reference.backward(grad_out, None, query, key, value, out, lse, *rest)
+    return out, dq, dk, dv
+
+
+def _distance(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:
+    """Return the largest absolute error of each tensor; a NaN anywhere gives NaN, which no limit allows."""
+    names = ("out", "dq", "dk", "dv")
+    pairs = zip(names, actual, exact, strict=True)
+    return {name: (x.double() - y.double()).abs().max().item() for name, x, y in pairs}

@@ -1,0 +1,143 @@
+"""Turn results into tables: nothing in them is typed by hand.
+
+`python -m benchmarks.report FOLDER FILE` writes a folder's results files as one Markdown file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+HEADINGS = (
+    "case",
+    "threads",
+    "peer",
+    "peer ms",
+    "ours ms",
+    "ratio",
+    "goal",
+    "peer error",
+    "our error",
+    "GEMM share",
+)
+LEGEND = """\
+Times are of forward and backward together: minimum / median of rounds in which ours and the peers take turns.
+The ratio is the peer's time over ours, of the minima / of the medians; a goal is met when both reach it.
+Errors are the largest absolute difference from float64, over the output and all gradients; in rows with
+dropout the peer's error is taken without it, since its mask cannot be repeated. GEMM share: the rate of ours
+over that of a large matrix product in the same run."""
+
+
+def slug(machine: Result) -> str:
+    """Return a name for a results file: the processor's model and the number of cores."""
+    model = re.sub(r"\((r|tm)\)", " ", machine["cpu"].lower())
+    return re.sub(r"[^a-z0-9]+", "-", f"{model} {machine['cores']} cores").strip("-")
+
+
+def verdict(row: Result) -> str:
+    """Return whether a row's goal is met, as it stands in the table."""
+    if row["goal"] is None or row["peer"] != row["goal_peer"]:
+        return "-"
+    met = min(row["ratio_of_minima"], row["ratio_of_medians"]) >= row["goal"]
+    return f">= {row['goal']:g} {'met' if met else 'MISSED'}"
+
+
+def table(result: Result) -> str:
+    """Lay out the rows of one op as a Markdown table, padded so that it also reads well on a terminal."""
+    return markdown([HEADINGS, *(_cells(row) for row in result["rows"])])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows, of which the first holds the headings, as a padded Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def section(op: str, result: Result) -> str:
+    """Return the table of one op with what the machine can do, the notes and the missed goals."""
+    missed = [row for row in result["rows"] if verdict(row).endswith("MISSED")]
+    goals = [row for row in result["rows"] if verdict(row) != "-"]
+    rates = [
+        f"{threads} thread(s): GEMM {rate['gemm_gflops']} GFLOP/s, copy {rate['copy_gbytes']} GB/s"
+        for threads, rate in result["rates"].items()
+    ]
+    backends = ", ".join(sorted({row["backend"] for row in result["rows"]}))
+    head = f"{op}: backend {backends}, device {result['device']}, {result['date']}"
+    quick = ["Quick run: few rounds, so the figures are rough."] if result["quick"] else []
+    tail = [f"Goals: {len(goals) - len(missed)} of {len(goals)} met.", *quick, *rates, *result["notes"]]
+    return "\n".join([f"## {head}", "", table(result), "", *(f"- {line}" for line in tail)])
+
+
+def page(files: Sequence[Path]) -> str:
+    """Return the Markdown page of some results files."""
+    parts = ["# Results", "Written by `make bench` from the files of this folder; do not edit.", LEGEND]
+    for path in files:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        facts = {**data["machine"], **data["versions"], **data["native"]}
+        parts.append(f"# {data['machine']['cpu']}, {data['machine']['cores']} cores ({path.name})")
+        parts.append(markdown([("what", "value"), *facts.items()]))
+        parts += [section(op, result) for op, result in data["ops"].items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the whole new one, also when the machine stops.
+
+    Args:
+        path: the file; its folder must exist.
+        text: the content.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the page of a folder of results; 2 when the folder holds none."""
+    if len(arguments) != 2:
+        print("usage: python -m benchmarks.report FOLDER FILE", file=sys.stderr)
+        return 2
+    files = sorted(Path(arguments[0]).glob("*.json"))
+    if not files:
+        print(f"no results in {arguments[0]}: run `make bench` first", file=sys.stderr)
+        return 2
+    write_atomically(Path(arguments[1]), page(files))
+    return 0
+
+
+def _cells(row: Result) -> tuple[str, ...]:
+    ours, peer = row["ours_ms"], row["peer_ms"]
+    return (
+        row["name"],
+        str(row["threads"]),
+        row["peer"],
+        f"{peer['min']:.2f} / {peer['median']:.2f}",
+        f"{ours['min']:.2f} / {ours['median']:.2f}",
+        f"{row['ratio_of_minima']:.2f} / {row['ratio_of_medians']:.2f}",
+        verdict(row),
+        f"{max(row['peer_error'].values()):.1e}",
+        f"{max(row['ours_error'].values()):.1e}",
+        f"{row['gemm_share']:.0%}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,111 @@
+"""Measure the kernels of this machine against PyTorch's own.
+
+Outputs and gradients are checked against float64 first. Tables go to stdout, all else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from nlpfast.cli.options import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the verb.
+
+    Args:
+        parser: the verb's own parser.
+    """
+    parser.add_argument("op", nargs="?", choices=ops(), help="the op to measure (all)")
+    parser.add_argument("--quick", action="store_true", help="only the sizes with a goal, 25 seconds in all")
+    parser.add_argument(
+        "--threads",
+        type=_threads,
+        default=(),
+        metavar="N,N",
+        help="numbers of CPU threads (1 and all)",
+    )
+    parser.add_argument("--backend", help="backend of ours (the one that nlpfast chooses)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [cpu]")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="JSON file for the results, or a folder, in which the file is named after the machine",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the tables on stdout, and write the results file if asked for.
+
+    Args:
+        args: the parsed command line.
+
+    Returns:
+        The exit code: 0 also when a goal is missed, which the table says.
+
+    Raises:
+        UsageError: no such backend or device here, or the folder of the results file is missing.
+        RuntimeError: a result of ours is wrong, and is not timed then; or there are no benchmarks here.
+    """
+    from nlpfast.train.device import resolve_device
+
+    names = [args.op] if args.op else ops()
+    path: Path | None = args.output
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"--output {path}: there is no folder {path.parent}, create it first")
+    device = str(resolve_device(args.device))
+    _check_backend(args.backend, names)
+    measure, report = benchmark_module("measure"), benchmark_module("report")
+    facts = measure.machine_facts()
+    if path is not None and path.is_dir():
+        path = path / f"{report.slug(facts['machine'])}.json"
+    settings = measure.Settings(args.quick, args.threads, args.backend, device)
+    results = {}
+    for op in names:
+        bench = benchmark_module(f"bench_{op}")
+        results[op] = measure.run(bench, settings, lambda line: print(line, file=sys.stderr, flush=True))
+        print(report.section(op, results[op]), flush=True)
+    if path is not None:
+        report.write_atomically(path, json.dumps({**facts, "ops": results}, indent=2) + "\n")
+        print(f"results written to {path}", file=sys.stderr)
+    return 0
+
+
+def ops() -> list[str]:
+    """Return the names of the ops that this installation has."""
+    folder = Path(__file__).parents[1] / "ops"
+    return sorted(entry.parent.name for entry in folder.glob("*/reference.py"))
+
+
+def _check_backend(backend: str | None, names: list[str]) -> None:
+    """Raise if an op to be measured has no backend of that name, before anything is measured."""
+    from nlpfast import dispatch
+
+    for op in names:
+        known = [name for row_op, name, _ in dispatch.explain() if row_op == op]
+        if backend is not None and backend not in known:
+            raise UsageError(f"--backend {backend}: {op} has {', '.join(known)}, give one of them")
+
+
+def _threads(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers such as 1,2")
+    return tuple(int(number) for number in numbers)
+
+
+def benchmark_module(name: str) -> ModuleType:
+    """Import a module of the benchmarks: part of an installed nlpfast, beside it in a source tree."""
+    for package in ("nlpfast.benchmarks", "benchmarks"):
+        try:
+            return importlib.import_module(f"{package}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name not in (package, f"{package}.{name}"):
+                raise
+    raise RuntimeError(f"no benchmarks/{name}.py in this installation: install nlpfast from its source")

@@ -1,0 +1,99 @@
+"""`nlpfast bench`: tables on stdout, progress on stderr, results in a file, and errors in one line."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from nlpfast.cli import bench, main
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, attention = bench.benchmark_module("measure"), bench.benchmark_module("bench_attention")
+    monkeypatch.setattr(measure, "SECONDS_PER_STEP", {"quick": 0.0, "full": 0.0})
+    monkeypatch.setattr(measure, "machine_rates", lambda device: {"gemm_gflops": 100.0, "copy_gbytes": 10.0})
+    monkeypatch.setattr(attention, "CASES", (attention.Case((1, 2, 9, 9, 4), goal=1e9),))
+    monkeypatch.setattr(attention, "PEERS", ("sdpa",))
+
+
+@pytest.mark.parametrize("argv", [["bench"], ["bench", "attention", "--quick"], ["bench", "--threads", "1"]])
+def test_table_on_stdout(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "| (1,2,9,9,4) float32 " in out
+    assert ">= 1e+09 MISSED" in out
+    assert err.startswith("attention: (1,2,9,9,4) float32, 1 thread")
+
+
+def test_named_backend_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--backend", "reference", "--threads", "1"]) == 0
+    assert "attention: backend reference, device cpu" in capsys.readouterr().out
+
+
+def test_output_file_and_folder(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    assert main(["bench", "--threads", "1", "--output", str(file)]) == 0
+    data = json.loads(file.read_text(encoding="utf-8"))
+    assert set(data) == {"machine", "versions", "native", "ops"}
+    assert data["ops"]["attention"]["rows"][0]["peer"] == "sdpa"
+    assert main(["bench", "--threads", "1", "--output", str(tmp_path)]) == 0
+    named = [entry.name for entry in tmp_path.iterdir() if entry != file]
+    assert named == [f"{bench.benchmark_module('report').slug(data['machine'])}.json"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["bench", "no_such_op"],
+        ["bench", "--threads", "0"],
+        ["bench", "--threads", "1,,2"],
+        ["bench", "--threads", "two"],
+        ["bench", "--backend", "abacus"],
+        ["bench", "--device", "abacus"],
+        ["bench", "--device", "cuda:99"],
+        ["bench", "--output", "no/such/folder/results.json"],
+    ],
+)
+def test_usage_errors(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.benchmark_module("measure"), "run", lambda *_: pytest.fail("it measured"))
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("nlpfast: error: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_wrong_result_is_one_line_and_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("attention: out has error 1: fix the kernel")
+
+    monkeypatch.setattr(bench.benchmark_module("bench_attention"), "errors", fail)
+    assert main(["bench", "--threads", "1", "--output", str(tmp_path / "results.json")]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1] == "nlpfast: error: attention: out has error 1: fix the kernel"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_installation_without_benchmarks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> ModuleType:
+        package = name.rpartition(".")[0]
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(bench.importlib, "import_module", absent)
+    with pytest.raises(RuntimeError, match=r"no benchmarks/measure\.py in this installation"):
+        bench.benchmark_module("measure")
+
+
+def test_every_op_can_be_measured() -> None:
+    assert bench.ops() == ["attention"]
+    assert [bench.benchmark_module(f"bench_{op}").OP for op in bench.ops()] == bench.ops()
