@@ -1,0 +1,78 @@
+"""Options from dataclasses: a field is an option, its type checks the words, the class checks the values."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from nlpfast.train.config import ConfigError
+
+Settings = TypeVar("Settings")
+
+
+class UsageError(Exception):
+    """Report a wrong command line; `main` prints it in one line and exits with 2."""
+
+
+def option_name(field: str) -> str:
+    """Return the option of a field: `max_steps` is `--max-steps`."""
+    return "--" + field.replace("_", "-")
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type, title: str) -> None:
+    """Add an option for every field of a dataclass whose fields were declared with `option`.
+
+    Args:
+        parser: gets the options, in a group.
+        settings: the dataclass.
+        title: of the group in the help.
+    """
+    group = parser.add_argument_group(title)
+    hints = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        kinds = [kind for kind in get_args(hints[field.name]) if kind is not type(None)] or [
+            hints[field.name]
+        ]
+        arguments: dict[str, Any] = {"default": field.default, "dest": field.name}
+        text = field.metadata["help"]
+        if kinds == [bool]:
+            arguments["action"] = "store_true"
+        else:
+            arguments.update(type=kinds[0], choices=field.metadata["choices"])
+            if not field.metadata["choices"]:
+                arguments["metavar"] = field.metadata["metavar"] or {int: "N", float: "X"}.get(
+                    kinds[0], "WORD"
+                )
+            if len(kinds) > 1:
+                arguments["nargs"] = len(kinds)
+            if field.default is not None:
+                default: Any = field.default
+                text += f" [{' '.join(map(str, default)) if len(kinds) > 1 else default}]"
+        group.add_argument(option_name(field.name), help=text.replace("%", "%%"), **arguments)
+
+
+def build(settings: type[Settings], args: argparse.Namespace) -> Settings:
+    """Return the settings that a parsed command line asks for.
+
+    Args:
+        settings: the dataclass that was given to `add_options`.
+        args: the parsed command line.
+
+    Raises:
+        UsageError: a value is outside its bounds; names the option.
+    """
+    values = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(args, field.name)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return settings(**values)
+    except ConfigError as error:
+        raise as_usage_error(error) from error
+
+
+def as_usage_error(error: ConfigError) -> UsageError:
+    """Return the error with the option's name instead of the field's."""
+    value = " ".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
+    return UsageError(f"{option_name(error.argument)} {value}: {error.rule}")

@@ -1,0 +1,183 @@
+"""The settings of a training run: dataclasses whose fields carry their help, their type and their bounds.
+
+The command line makes its options from these classes and both check values with the same rules. Nothing here
+imports torch, so that a wrong option is reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
+
+SCHEDULES = ("cosine", "constant", "mingpt")
+DTYPES = ("float32", "bfloat16", "float16")
+SAMPLINGS = ("shuffle", "replacement")
+
+
+class ConfigError(ValueError):
+    """Report a setting that is not usable, in one line: the argument, the value seen, the rule and the fix.
+
+    Args:
+        argument: name of the field or parameter.
+        value: what was given.
+        rule: what it has to be, and a way out.
+    """
+
+    def __init__(self, argument: str, value: object, rule: str) -> None:
+        """Keep the three parts, for the command line to name its option instead of the field."""
+        super().__init__(f"{argument}={value!r}: {rule}")
+        self.argument = argument
+        self.value = value
+        self.rule = rule
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """Declare a dataclass field with its help text and the bounds that `check_options` holds it to.
+
+    Args:
+        default: the default value.
+        text: one line for the help of the command line.
+        least: smallest allowed value, itself included.
+        above: the value has to be larger than this.
+        below: the value has to be smaller than this.
+        most: largest allowed value, itself included.
+        choices: the allowed words.
+        metavar: the placeholder that the help shows.
+    """
+    bounds = {"at least": least, "above": above, "below": below, "at most": most}
+    metadata = {"help": text, "choices": choices, "metavar": metavar, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _rule(kind: Any, metadata: Mapping[str, Any]) -> str:
+    if metadata["choices"]:
+        return f"give one of {', '.join(metadata['choices'])}"
+    words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
+    bounds = [f"{word} {bound:g}" for word, bound in metadata["bounds"].items() if bound is not None]
+    return " ".join(["give", words[kind], " and ".join(bounds)]).strip()
+
+
+def _fits(value: Any, kind: Any, metadata: Mapping[str, Any]) -> bool:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        return False
+    if metadata["choices"]:
+        return value in metadata["choices"]
+    bounds = metadata["bounds"]
+    return (
+        (bounds["at least"] is None or value >= bounds["at least"])
+        and (bounds["above"] is None or value > bounds["above"])
+        and (bounds["below"] is None or value < bounds["below"])
+        and (bounds["at most"] is None or value <= bounds["at most"])
+    )
+
+
+def check_options(options: Any) -> None:
+    """Check every field of a dataclass instance that was declared with `option`.
+
+    Args:
+        options: the instance; fields are int, float, bool, str, tuples of these, or one of these or None.
+
+    Raises:
+        ConfigError: a value of another type or outside its bounds.
+    """
+    hints = get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        hint = hints[field.name]
+        if value is None and type(None) in get_args(hint):
+            continue
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+        if isinstance(value, tuple):
+            fits = len(value) == len(kinds)
+            fits = fits and all(_fits(v, k, field.metadata) for v, k in zip(value, kinds, strict=True))
+        else:
+            fits = len(kinds) == 1 and _fits(value, kinds[0], field.metadata)
+        if not fits:
+            rule = _rule(kinds[0], field.metadata)
+            several = f"give {len(kinds)} values, each "
+            raise ConfigError(field.name, value, rule if len(kinds) == 1 else several + rule[len("give ") :])
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainerConfig:
+    """Settings of the training loop; the defaults are a recipe for small models on a laptop.
+
+    A token is a target that counts in the loss. `warmup_tokens=None` is 5 % of `final_tokens`, and
+    `final_tokens=None` is what the whole run will see, estimated from the first step. The run ends at
+    `max_steps` or `max_epochs`, whichever comes first; with neither it takes 2,000 steps.
+
+    Raises:
+        ConfigError: a value outside its bounds.
+    """
+
+    max_steps: int | None = option(None, "optimizer steps (2000 when --max-epochs is not given)", least=1)
+    max_epochs: int | None = option(None, "passes over the training data", least=1)
+    batch_size: int = option(12, "examples in a forward pass", least=1)
+    accumulation_steps: int = option(1, "forward passes in one optimizer step", least=1)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0)
+    betas: tuple[float, float] = option((0.9, 0.99), "decay rates of AdamW's two averages", least=0, below=1)
+    weight_decay: float = option(0.1, "decoupled weight decay, on the weights of Linear layers", least=0)
+    grad_norm_clip: float | None = option(1.0, "largest norm of the whole gradient", above=0)
+    schedule: str = option("cosine", "learning rate by tokens", choices=SCHEDULES)
+    warmup_tokens: int | None = option(None, "tokens of linear warm-up (5 % of the run)", least=0)
+    final_tokens: int | None = option(None, "tokens at the end of the cosine (those of the run)", least=1)
+    dtype: str = option("float32", "precision of the forward pass, through autocast", choices=DTYPES)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA where there is one")
+    seed: int = option(0, "seed of initial weights, data order and dropout", least=0, below=2**63)
+    sampling: str = option("shuffle", "order of the examples", choices=SAMPLINGS)
+    num_workers: int = option(0, "processes that load data", least=0)
+    eval_every: int = option(250, "steps between evaluations, with a checkpoint each", least=1)
+    eval_batches: int | None = option(None, "batches of an evaluation (all of them)", least=1)
+    eval_batch_size: int | None = option(None, "examples in a batch of an evaluation (4 batches)", least=1)
+    log_every: int = option(50, "steps between two lines of the log", least=1)
+    tensorboard: bool = option(False, "also write TensorBoard events")
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_options(self)
+        if self.max_steps is None and self.max_epochs is None:
+            self.max_steps = 2000
+        warmup, final = self.warmup_tokens, self.final_tokens
+        if warmup is not None and final is not None and warmup >= final and self.schedule != "constant":
+            raise ConfigError("warmup_tokens", warmup, f"give less than final_tokens, which is {final}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class LanguageModelOptions:
+    """Which text to train a character language model on, the model's size, and where results go.
+
+    Raises:
+        ConfigError: a value outside its bounds.
+    """
+
+    text: str | None = option(None, "UTF-8 text to train on (embedded biographies)", metavar="FILE")
+    biographies: int = option(2000, "how many embedded biographies, without --text", least=1, most=5000)
+    output_dir: str = option("runs/lm", "folder for the log and the checkpoints", metavar="DIR")
+    overwrite: bool = option(False, "replace the checkpoints of an earlier run in --output-dir")
+    n_layer: int = option(4, "blocks of the model", least=1)
+    n_head: int = option(4, "attention heads of a block", least=1)
+    n_embd: int = option(128, "width of the model", least=1)
+    block_size: int = option(64, "characters the model sees at once", least=1)
+    dropout: float = option(0.0, "dropout of embeddings, attention and residuals", least=0, most=1)
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_options(self)
+        if self.n_embd % self.n_head:
+            raise ConfigError("n_embd", self.n_embd, f"give a multiple of n_head, which is {self.n_head}")
+        if not self.output_dir:
+            raise ConfigError("output_dir", self.output_dir, "give the name of a folder")

@@ -1,0 +1,158 @@
+"""Character language models: from a text and options to a trained GPT on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+from nlpfast.data.text import CharDataset, CharVocabulary, DataError, biography_text, read_text
+from nlpfast.models.gpt import GPT, GPTConfig
+from nlpfast.train.checkpoint import find_exact
+from nlpfast.train.config import ConfigError, LanguageModelOptions, TrainerConfig
+from nlpfast.train.device import resolve_device
+from nlpfast.train.log import check_tensorboard
+from nlpfast.train.trainer import Trainer, TrainState
+
+TRAINING_SHARE = 0.9
+CHECKPOINTS = ("best", "last")
+
+
+@dataclasses.dataclass
+class LanguageModelRun:
+    """What a run gave.
+
+    Attributes:
+        model: the trained model, as of the last step.
+        state: progress, with the validation losses.
+        checkpoint: folder of the best checkpoint.
+        parameters: number of weights.
+    """
+
+    model: GPT
+    state: TrainState
+    checkpoint: Path
+    parameters: int
+
+
+def split_text(
+    text: str, block_size: int, source: str
+) -> tuple[CharDataset, Dataset[object], CharVocabulary]:
+    """Return training windows, validation windows and the vocabulary of a text.
+
+    The first 90 % of the characters are for training, all their windows; the last 10 % are for validation, in
+    windows that do not overlap, so that each character is predicted once. The vocabulary is that of the
+    whole text.
+
+    Args:
+        text: at least block_size + 1 characters in its last tenth.
+        block_size: characters in a window.
+        source: what an error calls the text, its file for example.
+
+    Raises:
+        DataError: the text is too short.
+    """
+    cut = int(len(text) * TRAINING_SHARE)
+    if min(cut, len(text) - cut) < block_size + 1:
+        raise DataError(
+            f"{source}: {len(text)} characters are too few: the validation tenth needs block_size + 1 = "
+            f"{block_size + 1}, so give about {10 * (block_size + 1)} characters or a smaller block_size"
+        )
+    vocabulary = CharVocabulary.from_text(text)
+    validation = CharDataset(text[cut:], block_size, vocabulary)
+    windows = Subset(validation, range(0, len(validation), block_size))
+    return CharDataset(text[:cut], block_size, vocabulary), windows, vocabulary
+
+
+def check_output_dir(folder: Path, overwrite: bool) -> None:
+    """Raise unless a run can write its results to `folder`.
+
+    Args:
+        folder: made later; may exist.
+        overwrite: checkpoints of an earlier run are no reason to refuse.
+
+    Raises:
+        ConfigError: it is a file, or holds checkpoints that must not be replaced.
+    """
+    for part in (folder, *folder.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError("output_dir", str(folder), f"{part} is a file, name a folder")
+    for name in CHECKPOINTS:
+        if find_exact(folder / name) and not overwrite:
+            rule = f"holds the checkpoint {name!r} of an earlier run, name another folder or add --overwrite"
+            raise ConfigError("output_dir", str(folder), rule)
+        if (folder / name).exists() and not find_exact(folder / name):
+            raise ConfigError(
+                "output_dir", str(folder), f"{name!r} in it is no checkpoint, name another folder"
+            )
+
+
+def train_language_model(
+    options: LanguageModelOptions, config: TrainerConfig, *, quiet: bool = False
+) -> LanguageModelRun:
+    """Train a GPT on characters and write `log.jsonl`, `last/` and `best/` to `options.output_dir`.
+
+    Everything that can be wrong with options and text is found before anything is written. Seeds torch's
+    global generator with `config.seed`.
+
+    Args:
+        options: text, model and folder.
+        config: the training loop's settings.
+        quiet: print nothing; otherwise progress goes to stderr.
+
+    Raises:
+        ConfigError: an option that cannot be served.
+        DataError: the text cannot be read or is too short.
+        TrainingError: the run cannot go on.
+        OSError: a file cannot be written.
+    """
+    folder = Path(options.output_dir)
+    check_output_dir(folder, options.overwrite)
+    device = resolve_device(config.device)
+    if config.tensorboard:
+        check_tensorboard()
+    if options.text is None:
+        text, source = biography_text(options.biographies, config.seed), "embedded biographies"
+    else:
+        text, source = read_text(options.text), options.text
+    train, validation, vocabulary = split_text(text, options.block_size, source)
+    torch.manual_seed(config.seed)
+    model = GPT(
+        GPTConfig(
+            len(vocabulary),
+            options.block_size,
+            n_layer=options.n_layer,
+            n_head=options.n_head,
+            n_embd=options.n_embd,
+            embd_pdrop=options.dropout,
+            attn_pdrop=options.dropout,
+            resid_pdrop=options.dropout,
+        )
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trainer = Trainer(
+        model,
+        train,
+        config,
+        validation=validation,
+        output_dir=folder,
+        metadata={"vocabulary": vocabulary.chars, "text": source},
+        quiet=quiet,
+    )
+    if not quiet:
+        print(
+            f"{source}: {len(text):,} characters, {len(vocabulary)} distinct; "
+            f"GPT of {parameters:,} parameters; {trainer.total_steps():,} steps on {device}, {config.dtype}",
+            file=sys.stderr,
+            flush=True,
+        )
+    if options.overwrite:
+        for name in CHECKPOINTS:
+            for stale in (folder / name, folder / f"{name}.previous"):
+                shutil.rmtree(stale, ignore_errors=True)
+    state = trainer.run()
+    return LanguageModelRun(model, state, folder / "best", parameters)

@@ -1,0 +1,62 @@
+"""What is minimised: the mean loss of a batch, how many targets that is a mean of, and that of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def model_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """Return the loss of a model that is called as `model(*batch)` and returns `(logits, loss)`.
+
+    Args:
+        model: the model.
+        batch: inputs and targets, on the model's device.
+    """
+    loss: Tensor = model(*batch)[1]
+    return loss
+
+
+def count_targets(batch: Sequence[Tensor]) -> int:
+    """Return how many entries of `batch[1]`, the targets, are not -100.
+
+    Args:
+        batch: inputs and targets.
+    """
+    return int((batch[1] != -100).sum())
+
+
+def mean_loss(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_of: Callable[[Any], Tensor],
+    count_of: Callable[[Any], int],
+) -> tuple[float, int]:
+    """Return the mean loss over all targets that count, and their number, with the model in evaluation mode.
+
+    The mean is NaN when no target counts. The model's mode is as before afterwards.
+
+    Args:
+        model: is put into evaluation mode.
+        batches: of any kind.
+        loss_of: mean loss of a batch, a scalar tensor.
+        count_of: how many targets of a batch count.
+    """
+    total: float | Tensor = 0.0
+    targets = 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                count = count_of(batch)
+                # the mean over no target is NaN, and would stay so with weight 0
+                if count:
+                    total = total + loss_of(batch).double() * count
+                    targets += count
+    finally:
+        model.train(was_training)
+    return (float(total) / targets if targets else float("nan")), targets
