@@ -32,6 +32,7 @@ struct AttentionForward : AttentionProblem {
   int64_t strips;  // a unit of work is one of `strips` ranges of queries of one head: B * H * strips units
   float* out;      // [B, H, L, E] contiguous
   float* lse;      // [B, H, L] contiguous
+  float* lse_low;  // [B, H, L] contiguous: what rounding to float32 took from lse
 };
 
 // What a unit of backward work computes.
@@ -43,10 +44,10 @@ enum class Gradients {
 
 struct AttentionBackward : AttentionProblem {
   int64_t strips;
-  Strided grad_out, out;  // [B, H, L, E]
-  const float* lse;       // [B, H, L] contiguous
-  const float* grad_lse;  // [B, H, L] contiguous, or null
-  float *dq, *dk, *dv;    // contiguous, every element is written
+  Strided grad_out, out;       // [B, H, L, E]
+  const float *lse, *lse_low;  // [B, H, L] contiguous
+  const float* grad_lse;       // [B, H, L] contiguous, or null
+  float *dq, *dk, *dv;         // contiguous, every element is written
 };
 
 // Tiles of the score matrix: QUERY_BLOCK x KEY_BLOCK. QUERY_BLOCK is a multiple of the eight rows of a Philox call.

@@ -108,33 +108,36 @@ int64_t strips_per_head(const AttentionProblem& p, int64_t heads) {
   return wanted < blocks ? wanted : blocks;
 }
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                             const std::optional<Tensor>& key_lengths,
-                                             const std::optional<Tensor>& seed, double dropout_p, int64_t causal,
-                                             double scale) {
-  AttentionForward p{make_problem(query, key, value, key_lengths, seed, dropout_p, causal, scale), 1, nullptr, nullptr};
+std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                     const std::optional<Tensor>& key_lengths,
+                                                     const std::optional<Tensor>& seed, double dropout_p,
+                                                     int64_t causal, double scale) {
+  AttentionForward p{make_problem(query, key, value, key_lengths, seed, dropout_p, causal, scale), 1, nullptr, nullptr,
+                     nullptr};
   Tensor out = new_empty(query, {p.B, p.H, p.L, p.E}), lse = new_empty(query, {p.B, p.H, p.L});
-  p.out = output_data(out), p.lse = output_data(lse);
+  Tensor lse_low = new_empty(query, {p.B, p.H, p.L});
+  p.out = output_data(out), p.lse = output_data(lse), p.lse_low = output_data(lse_low);
   const int64_t heads = p.B * p.H;
   p.strips = strips_per_head(p, heads);
   if (p.L > 0 && heads > 0)
     parallel_for(0, heads * p.strips, 1,
                  [&](int64_t begin, int64_t end) { attention_kernels().forward(p, begin, end); });
-  return {out, lse};
+  return {out, lse, lse_low};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
                                                       const Tensor& query, const Tensor& key, const Tensor& value,
-                                                      const Tensor& out, const Tensor& lse,
+                                                      const Tensor& out, const Tensor& lse, const Tensor& lse_low,
                                                       const std::optional<Tensor>& key_lengths,
                                                       const std::optional<Tensor>& seed, double dropout_p,
                                                       int64_t causal, double scale) {
   const AttentionProblem problem = make_problem(query, key, value, key_lengths, seed, dropout_p, causal, scale);
-  AttentionBackward p{problem, 1, {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr};
+  AttentionBackward p{problem, 1, {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   check_shape(grad_out, "grad_out", {p.B, p.H, p.L, p.E});
   check_shape(out, "out", {p.B, p.H, p.L, p.E});
   check_shape(lse, "lse", {p.B, p.H, p.L});
-  const Tensor lse_rows = torch::stable::contiguous(lse);
+  check_shape(lse_low, "lse_low", {p.B, p.H, p.L});
+  const Tensor lse_rows = torch::stable::contiguous(lse), low_rows = torch::stable::contiguous(lse_low);
   std::optional<Tensor> grad_lse_rows;
   if (grad_lse) {
     check_shape(*grad_lse, "grad_lse", {p.B, p.H, p.L});
@@ -142,6 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out, co
     p.grad_lse = contiguous_data(*grad_lse_rows);
   }
   p.grad_out = strided(grad_out), p.out = strided(out), p.lse = contiguous_data(lse_rows);
+  p.lse_low = contiguous_data(low_rows);
   const int64_t key_heads = key.size(1), heads = p.B * p.H, shared = p.B * key_heads;
   Tensor dq = new_empty(query, {p.B, p.H, p.L, p.D}), dk = new_empty(key, {p.B, key_heads, p.S, p.D});
   Tensor dv = new_empty(value, {p.B, key_heads, p.S, p.E});

@@ -128,7 +128,7 @@ class TrainerConfig:
     max_epochs: int | None = option(None, "passes over the training data", least=1)
     batch_size: int = option(12, "examples in a forward pass", least=1)
     accumulation_steps: int = option(1, "forward passes in one optimizer step", least=1)
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0)
+    learning_rate: float = option(2e-3, "peak learning rate of AdamW", above=0)
     betas: tuple[float, float] = option((0.9, 0.99), "decay rates of AdamW's two averages", least=0, below=1)
     weight_decay: float = option(0.1, "decoupled weight decay, on the weights of Linear layers", least=0)
     grad_norm_clip: float | None = option(1.0, "largest norm of the whole gradient", above=0)

@@ -24,9 +24,9 @@ def arguments(dropout_p: float, requires_grad: bool = False) -> tuple:
 
 def backward_arguments(dropout_p: float, requires_grad: bool = False) -> tuple:
     forward = arguments(dropout_p, requires_grad)
-    out, lse = OPS.attention_forward(*(x.detach() if isinstance(x, torch.Tensor) else x for x in forward))
-    grad_out = torch.randn_like(out).requires_grad_(requires_grad)
-    return grad_out, torch.randn_like(lse), *forward[:3], out, lse, *forward[3:]
+    results = OPS.attention_forward(*(x.detach() if isinstance(x, torch.Tensor) else x for x in forward))
+    grad_out = torch.randn_like(results[0]).requires_grad_(requires_grad)
+    return grad_out, torch.randn_like(results[1]), *forward[:3], *results, *forward[3:]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -81,6 +81,7 @@ def test_bad_arguments_are_refused(changed: tuple, message: str) -> None:
         (1, torch.randn(2, 4, 4), "grad_lse must have size 5"),
         (5, torch.randn(2, 4, 4, 6), "out must have size 5"),
         (6, torch.randn(2, 3, 5), "lse must have size 4"),
+        (7, torch.randn(2, 4, 6), "lse_low must have size 5"),
     ],
 )
 def test_bad_arguments_of_backward_are_refused(position: int, value: torch.Tensor, message: str) -> None:
@@ -122,7 +123,17 @@ def test_every_lower_instruction_set_passes_the_same_tests(level: str) -> None:
     assert said.stdout.strip() == level
     folder = Path(__file__).parent
     tests = [str(folder / f"test_attention{part}.py") for part in ("", "_properties")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "cpu or without_attn_mask",
+        *tests,
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder.parents[1])
     summary = result.stdout.strip().splitlines()[-1]
     print(f"{level}: {summary}")
@@ -134,12 +145,12 @@ def test_offsets_beyond_two_to_the_thirty_first() -> None:
     inputs = make_inputs(3, 1, 9, 9, 8)
     memory = torch.empty(2**31 + 72)
     far = memory.as_strided((3, 1, 9, 8), (2**30, 72, 8, 1))
-    near = attention(inputs[0], *inputs[1:], is_causal=True, backend="cpu")
+    near = attention(*inputs, is_causal=True, backend="cpu")
     far.copy_(inputs[0])
     assert torch.equal(attention(far, *inputs[1:], is_causal=True, backend="cpu"), near)
     grad_out = torch.randn_like(near)
-    lse = attention(*inputs, is_causal=True, return_lse=True, backend="cpu")[1]
-    call = (*inputs, near, lse, None, None, 0.0, 1, 0.5)
+    rest = (None, None, 0.0, 1, 0.5)
+    call = (*inputs, *OPS.attention_forward(*inputs, *rest), *rest)
     wanted = OPS.attention_backward(grad_out, None, *call)
     far.copy_(grad_out)
     actual = OPS.attention_backward(far, None, *call)

@@ -43,8 +43,12 @@ def forward(
     dropout_p: float,
     causal: str,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return out [B, H, L, Dv] and lse [B, H, L], as the reference defines them."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out [B, H, L, Dv] and lse [B, H, L], as the reference defines them, and lse_low [B, H, L].
+
+    lse + lse_low is lse to twice its precision: backward recomputes exp(score - lse), where the rounding of
+    lse is a relative error of every weight, 0.4 % at scores of 1e5.
+    """
     if key_lengths is not None:
         key_lengths = key_lengths.contiguous()
     if seed is not None:
@@ -62,6 +66,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_low: Tensor | None,
     attn_mask: Tensor | None,
     key_lengths: Tensor | None,
     prefix_lengths: Tensor | None,
@@ -76,7 +81,8 @@ def backward(
     if seed is not None:
         seed = seed.contiguous()
     dq, dk, dv = torch.ops.nlpfast.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, key_lengths, seed, dropout_p, _CAUSAL[causal], scale
+        *(grad_out, grad_lse, query, key, value, out, lse, lse_low),
+        *(key_lengths, seed, dropout_p, _CAUSAL[causal], scale),
     )
     return dq, dk, dv, None
 
@@ -87,11 +93,12 @@ def _register_fakes() -> None:
     @torch.library.register_fake("nlpfast::attention_forward")
     def _(query, key, value, key_lengths, seed, dropout_p, causal, scale):  # type: ignore[no-untyped-def]
         B, H, L, _ = query.shape
-        return query.new_empty(B, H, L, value.shape[3]), query.new_empty(B, H, L)
+        lse = query.new_empty(B, H, L)
+        return query.new_empty(B, H, L, value.shape[3]), lse, torch.empty_like(lse)
 
     @torch.library.register_fake("nlpfast::attention_backward")
     def _(  # type: ignore[no-untyped-def]
-        grad_out, grad_lse, query, key, value, out, lse, key_lengths, seed, dropout_p, causal, scale
+        grad_out, grad_lse, query, key, value, out, lse, lse_low, key_lengths, seed, dropout_p, causal, scale
     ):
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 

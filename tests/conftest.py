@@ -1,0 +1,43 @@
+"""Fixtures of all tests: backends by name, a fixed seed, and how long hypothesis searches."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import nlpfast  # noqa: F401  (fills the registry)
+from nlpfast import dispatch
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+# pytest --hypothesis-profile=soak
+settings.register_profile("soak", settings.get_profile("ci"), derandomize=False, max_examples=100_000)
+settings.load_profile("ci")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes ``backend`` once for each backend of the module's ``OP`` that is there."""
+    if "backend" in metafunc.fixturenames:
+        backends = dispatch.registry[metafunc.module.OP].items()
+        metafunc.parametrize("backend", [name for name, module in backends if not isinstance(module, str)])
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _globals_restored() -> Iterator[None]:
+    """A test that changes a global setting of PyTorch puts it back, or fails."""
+    before = torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    yield
+    after = torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    assert after == before
