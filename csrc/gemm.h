@@ -69,11 +69,16 @@ inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, floa
 template <int ROWS, int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
 inline void rows_of_panel(const Product& p, int64_t first, int64_t column, const float* b) {
   int64_t k_begin = 0, k_end = p.k;
-  if (TRIM == Trim::columns && first + ROWS - 1 + p.edge < column) return;
+  const int64_t last_visible = first + ROWS - 1 + p.edge;
+  if (TRIM == Trim::columns && last_visible < column) return;
   if (TRIM == Trim::k_end) k_end = std::min(p.k, first + ROWS + p.edge);
   if (TRIM == Trim::k_begin) k_begin = std::max<int64_t>(0, first - p.edge);
   const float* a = TRANSPOSED ? p.a + first : p.a + first * p.lda;
-  block<ROWS, VECTORS, TRANSPOSED, ADD>(a, p.lda, b, p.ldb, p.c + first * p.ldc + column, p.ldc, k_begin, k_end);
+  float* c = p.c + first * p.ldc + column;
+  if (TRIM == Trim::columns && VECTORS > 1 && last_visible < column + LANES)
+    block<ROWS, 1, TRANSPOSED, ADD>(a, p.lda, b, p.ldb, c, p.ldc, k_begin, k_end);
+  else
+    block<ROWS, VECTORS, TRANSPOSED, ADD>(a, p.lda, b, p.ldb, c, p.ldc, k_begin, k_end);
 }
 
 template <int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
@@ -99,6 +104,15 @@ void multiply(const Product& p) {
   int64_t column = 0;
   for (; column + PANEL - LANES < p.n; column += PANEL) panel<2, TRANSPOSED, ADD, TRIM>(p, column);
   if (column < p.n) panel<1, TRANSPOSED, ADD, TRIM>(p, column);
+}
+
+// C = A B the first time, C += A B later.
+template <bool TRANSPOSED, Trim TRIM>
+void accumulate(bool first, const Product& p) {
+  if (first)
+    multiply<TRANSPOSED, false, TRIM>(p);
+  else
+    multiply<TRANSPOSED, true, TRIM>(p);
 }
 
 }  // namespace nlpfast::NLPFAST_ISA

@@ -135,26 +135,29 @@ inline Floats exp(Floats x) {
 }
 
 namespace detail {
-template <bool HIGH, int... I>
-inline Floats zip(Floats a, Floats b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (HIGH ? LANES / 2 : 0) + I / 2 + (I % 2 ? LANES : 0)...);
+// Where (lane & DISTANCE) == UPPER * DISTANCE the lane of a resp. b stays; the others come DISTANCE lanes away from b
+// resp. a.
+template <int DISTANCE, bool UPPER, int... I>
+inline Floats exchange(Floats a, Floats b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(
+      a, b, (UPPER ? (I & DISTANCE ? LANES + I : I + DISTANCE) : (I & DISTANCE ? LANES + I - DISTANCE : I))...);
+}
+
+template <int DISTANCE>
+inline void transpose_blocks(Floats (&rows)[LANES]) {
+  using Lanes = std::make_integer_sequence<int, LANES>;
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if (i & DISTANCE) continue;
+    const Floats a = rows[i], b = rows[i + DISTANCE];
+    rows[i] = exchange<DISTANCE, false>(a, b, Lanes{});
+    rows[i + DISTANCE] = exchange<DISTANCE, true>(a, b, Lanes{});
+  }
+  if constexpr (DISTANCE > 1) transpose_blocks<DISTANCE / 2>(rows);
 }
 }  // namespace detail
 
-// In-place transpose of LANES rows: log2(LANES) rounds of interleaving row i with row i + LANES / 2.
-inline void transpose(Floats (&rows)[LANES]) {
-  using Lanes = std::make_integer_sequence<int, LANES>;
-#pragma GCC unroll 4
-  for (int round = 1; round < LANES; round *= 2) {
-    Floats mixed[LANES];
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES / 2; ++i) {
-      mixed[2 * i] = detail::zip<false>(rows[i], rows[i + LANES / 2], Lanes{});
-      mixed[2 * i + 1] = detail::zip<true>(rows[i], rows[i + LANES / 2], Lanes{});
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) rows[i] = mixed[i];
-  }
-}
+// In-place transpose of LANES rows: swaps the off-diagonal halves, then those of the quarters, and so on.
+inline void transpose(Floats (&rows)[LANES]) { detail::transpose_blocks<LANES / 2>(rows); }
 
 }  // namespace nlpfast::NLPFAST_ISA

@@ -68,6 +68,12 @@ inline void copy_row(float* to, const float* from, int64_t step, int64_t n, int6
   std::fill(to + n, to + padded, 0.0f);
 }
 
+inline void write_row(float* to, const float* from, int64_t n, float factor) {
+  int64_t c = 0;
+  for (; c + LANES <= n; c += LANES) store(to + c, load(from + c) * factor);
+  for (; c < n; ++c) to[c] = from[c] * factor;
+}
+
 // Whether rows can be read in place as the right operand of a product: whole registers, adjacent rows.
 inline bool is_packed(const Strided& x, int64_t columns) {
   return x.column == 1 && x.row == columns && columns % LANES == 0;
@@ -122,6 +128,25 @@ inline Tile make_tile(const AttentionProblem& p, int64_t head, int64_t i0, int64
   return {i0, j0, rows, cols, edge, static_cast<uint32_t>(head)};
 }
 
+// Groups of eight rows share loops and keep their statistics in registers. Rows of a last group that are not there are
+// computed with the others, from whatever the scratch memory holds, and not looked at.
+constexpr int GROUP = 8;
+static_assert(QUERY_BLOCK % GROUP == 0);
+
+// Visible columns of the rows of a group, in increasing order.
+struct Limits {
+  int32_t of[GROUP];
+  int32_t whole, extent;  // registers up to `whole` are visible to all rows, up to `extent` they are read later
+};
+
+inline Limits group_limits(const Tile& t, int64_t i) {
+  Limits limits;
+  for (int r = 0; r < GROUP; ++r) limits.of[r] = static_cast<int32_t>(t.limit(i + r));
+  limits.whole = limits.of[0] / LANES * LANES;
+  limits.extent = static_cast<int32_t>(t.extent(i + GROUP - 1));
+  return limits;
+}
+
 // Strip s of n, first and last alternating: neighbouring units of a causal head then cost about the same in sum.
 inline int64_t folded(int64_t s, int64_t n) { return s % 2 ? n - 1 - s / 2 : s / 2; }
 
@@ -132,5 +157,7 @@ inline int64_t first_row(const AttentionProblem& p, int64_t first, int64_t j0) {
 }
 
 inline int64_t query_blocks(const AttentionProblem& p) { return (p.L + QUERY_BLOCK - 1) / QUERY_BLOCK; }
+
+void backward(const AttentionBackward& p, Gradients wanted, int64_t begin, int64_t end);
 
 }  // namespace nlpfast::NLPFAST_ISA
