@@ -14,11 +14,15 @@
 namespace nlpfast::NLPFAST_ISA {
 
 #if defined(__AVX512F__)
+constexpr int PANEL_VECTORS = 4;
+// Rows of a block with so many registers a row: 16 to 24 sums, which leaves room for the row of B and one of A.
+constexpr int block_rows(int vectors) { return vectors == 4 ? 6 : 8; }
 constexpr int BLOCK_ROWS = 8;
 #else
+constexpr int PANEL_VECTORS = 2;
+constexpr int block_rows(int) { return 4; }
 constexpr int BLOCK_ROWS = 4;
 #endif
-constexpr int PANEL_VECTORS = 2;
 constexpr int PANEL = PANEL_VECTORS * LANES;
 
 enum class Trim {
@@ -47,22 +51,22 @@ inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, floa
   Floats sum[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) sum[r][v] = ADD ? load(c + r * ldc + v * LANES) : Floats{};
   for (int64_t k = k_begin; k < k_end; ++k) {
     Floats row[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) row[v] = load(b + k * ldb + v * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const Floats x = broadcast(TRANSPOSED ? a[k * lda + r] : a[r * lda + k]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) sum[r][v] += x * row[v];
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) store(c + r * ldc + v * LANES, sum[r][v]);
 }
 
@@ -75,35 +79,27 @@ inline void rows_of_panel(const Product& p, int64_t first, int64_t column, const
   if (TRIM == Trim::k_begin) k_begin = std::max<int64_t>(0, first - p.edge);
   const float* a = TRANSPOSED ? p.a + first : p.a + first * p.lda;
   float* c = p.c + first * p.ldc + column;
-  if (TRIM == Trim::columns && VECTORS > 1 && last_visible < column + LANES)
-    block<ROWS, 1, TRANSPOSED, ADD>(a, p.lda, b, p.ldb, c, p.ldc, k_begin, k_end);
-  else
-    block<ROWS, VECTORS, TRANSPOSED, ADD>(a, p.lda, b, p.ldb, c, p.ldc, k_begin, k_end);
+  if constexpr (TRIM == Trim::columns && VECTORS > 1) {
+    // At the edge fewer registers a row will do.
+    if (last_visible < column + (VECTORS - 1) * LANES)
+      return rows_of_panel<ROWS, VECTORS - 1, TRANSPOSED, ADD, TRIM>(p, first, column, b);
+  }
+  block<ROWS, VECTORS, TRANSPOSED, ADD>(a, p.lda, b, p.ldb, c, p.ldc, k_begin, k_end);
 }
 
-template <int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
-inline void panel(const Product& p, int64_t column) {
+template <int ROWS, int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
+inline void panel(const Product& p, int64_t column, int64_t first) {
   const float* b = p.b + column * p.panel_step;
-  int64_t i = 0;
-  for (; i + BLOCK_ROWS <= p.m; i += BLOCK_ROWS)
-    rows_of_panel<BLOCK_ROWS, VECTORS, TRANSPOSED, ADD, TRIM>(p, i, column, b);
-  if (BLOCK_ROWS > 4 && i + 4 <= p.m) {
-    rows_of_panel<4, VECTORS, TRANSPOSED, ADD, TRIM>(p, i, column, b);
-    i += 4;
-  }
-  if (i + 2 <= p.m) {
-    rows_of_panel<2, VECTORS, TRANSPOSED, ADD, TRIM>(p, i, column, b);
-    i += 2;
-  }
-  if (i < p.m) rows_of_panel<1, VECTORS, TRANSPOSED, ADD, TRIM>(p, i, column, b);
+  for (; first + ROWS <= p.m; first += ROWS) rows_of_panel<ROWS, VECTORS, TRANSPOSED, ADD, TRIM>(p, first, column, b);
+  if constexpr (ROWS > 1) panel<(ROWS > 4 ? 4 : ROWS / 2), VECTORS, TRANSPOSED, ADD, TRIM>(p, column, first);
 }
 
 // Columns are computed in whole registers: C and B hold round_up(n, LANES) of them.
-template <bool TRANSPOSED, bool ADD, Trim TRIM>
-void multiply(const Product& p) {
-  int64_t column = 0;
-  for (; column + PANEL - LANES < p.n; column += PANEL) panel<2, TRANSPOSED, ADD, TRIM>(p, column);
-  if (column < p.n) panel<1, TRANSPOSED, ADD, TRIM>(p, column);
+template <bool TRANSPOSED, bool ADD, Trim TRIM, int VECTORS = PANEL_VECTORS>
+void multiply(const Product& p, int64_t column = 0) {
+  for (; column + (VECTORS - 1) * LANES < p.n; column += VECTORS * LANES)
+    panel<block_rows(VECTORS), VECTORS, TRANSPOSED, ADD, TRIM>(p, column, 0);
+  if constexpr (VECTORS > 1) multiply<TRANSPOSED, ADD, TRIM, VECTORS - 1>(p, column);
 }
 
 // C = A B the first time, C += A B later.
