@@ -19,22 +19,21 @@ void gradient_tile(const AttentionProblem& p, const Tile& t, float* s, float* dp
   const Floats scale = broadcast(p.scale);
   for (int64_t i = 0; i < t.rows; i += GROUP, s += GROUP * TILE_STRIDE, dp += GROUP * TILE_STRIDE) {
     const Limits limits = group_limits(t, i);
-    for (int32_t j = 0; j < limits.extent; j += LANES) {
+    const auto columns = [&]<bool MASKED>(int32_t j) {
       PhiloxWords words;
       if (DROPOUT)
         words = philox(key, static_cast<uint32_t>(t.j0 + j), static_cast<uint32_t>((t.i0 + i) / GROUP), t.head);
 #pragma GCC unroll 8
       for (int r = 0; r < GROUP; ++r) {
         float *score = s + r * TILE_STRIDE + j, *gradient = dp + r * TILE_STRIDE + j;
-        Floats e = exp(load(score) * scale - lse[i + r] - lse_low[i + r]), d = load(gradient);
-        Floats kept_e = e;
+        Floats e = exp(load(score) * scale - lse[i + r] - lse_low[i + r]), d = load(gradient), kept_e = e;
         if (DROPOUT) {
           const Ints keep = kept(words, r, p.drop_threshold);
           d = keep ? d * p.keep_scale : 0.0f;
           kept_e = keep ? e * p.keep_scale : 0.0f;
         }
         Floats ds = e * (d - delta[i + r]) * scale;
-        if (j >= limits.whole) {
+        if (MASKED) {
           const Ints visible = lane < limits.of[r] - j;
           kept_e = visible ? kept_e : 0.0f;
           ds = visible ? ds : 0.0f;
@@ -42,7 +41,9 @@ void gradient_tile(const AttentionProblem& p, const Tile& t, float* s, float* dp
         store(score, kept_e);
         store(gradient, ds);
       }
-    }
+    };
+    for (int32_t j = 0; j < limits.whole; j += LANES) columns.template operator()<false>(j);
+    for (int32_t j = limits.whole; j < limits.extent; j += LANES) columns.template operator()<true>(j);
   }
 }
 

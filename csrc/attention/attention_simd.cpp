@@ -12,6 +12,13 @@ struct Online {
   float max[QUERY_BLOCK], sum[QUERY_BLOCK];
 };
 
+// Moves the sums of a row from one maximum to the next.
+void rescale(float before, float now, float& sum, float* o, int64_t width) {
+  const float correction = std::exp(before - now);
+  sum *= correction;
+  for (int64_t e = 0; e < width; e += LANES) store(o + e, load(o + e) * correction);
+}
+
 // Scores -> unnormalised probabilities in place; updates the statistics and rescales `o` to the new maximum.
 void softmax_tile(const AttentionProblem& p, const Tile& t, float* s, Online& online, float* o, int64_t width) {
   const Ints lane = lane_numbers();
@@ -19,7 +26,8 @@ void softmax_tile(const AttentionProblem& p, const Tile& t, float* s, Online& on
   for (int64_t i = 0; i < t.rows; i += GROUP, s += GROUP * TILE_STRIDE) {
     const Limits limits = group_limits(t, i);
     Floats top[GROUP], sum[GROUP], reference[GROUP];
-    for (Floats& x : top) x = broadcast(-INF);
+#pragma GCC unroll 8
+    for (int r = 0; r < GROUP; ++r) top[r] = broadcast(-INF);
     for (int32_t j = 0; j < limits.whole; j += LANES)
 #pragma GCC unroll 8
       for (int r = 0; r < GROUP; ++r) top[r] = maximum(load(s + r * TILE_STRIDE + j) * scale, top[r]);
@@ -27,28 +35,33 @@ void softmax_tile(const AttentionProblem& p, const Tile& t, float* s, Online& on
 #pragma GCC unroll 8
       for (int r = 0; r < GROUP; ++r)
         top[r] = maximum(lane < limits.of[r] - j ? load(s + r * TILE_STRIDE + j) * scale : -INF, top[r]);
+#pragma GCC unroll 8
     for (int r = 0; r < GROUP; ++r) {
-      const float before = online.max[i + r], max = std::max(before, max_lanes(top[r]));
+      const float max = std::max(online.max[i + r], max_lanes(top[r]));
       // A row whose scores are all -inf or NaN so far: any finite reference gives 0 and NaN.
       const float finite = max == -INF ? 0.0f : max;
+      if (t.j0 > 0) rescale(online.max[i + r], finite, online.sum[i + r], o + (i + r) * width, width);
       online.max[i + r] = max;
       reference[r] = broadcast(finite);
       sum[r] = Floats{};
-      if (t.j0 == 0) continue;
-      const float correction = std::exp(before - finite);
-      online.sum[i + r] *= correction;
-      float* row = o + (i + r) * width;
-      for (int64_t e = 0; e < width; e += LANES) store(row + e, load(row + e) * correction);
     }
-    for (int32_t j = 0; j < limits.extent; j += LANES)
+    for (int32_t j = 0; j < limits.whole; j += LANES)
 #pragma GCC unroll 8
       for (int r = 0; r < GROUP; ++r) {
         float* x = s + r * TILE_STRIDE + j;
-        Floats e = exp(load(x) * scale - reference[r]);
-        if (j >= limits.whole) e = lane < limits.of[r] - j ? e : 0.0f;
+        const Floats e = exp(load(x) * scale - reference[r]);
         sum[r] += e;
         store(x, e);
       }
+    for (int32_t j = limits.whole; j < limits.extent; j += LANES)
+#pragma GCC unroll 8
+      for (int r = 0; r < GROUP; ++r) {
+        float* x = s + r * TILE_STRIDE + j;
+        const Floats e = lane < limits.of[r] - j ? exp(load(x) * scale - reference[r]) : 0.0f;
+        sum[r] += e;
+        store(x, e);
+      }
+#pragma GCC unroll 8
     for (int r = 0; r < GROUP; ++r) online.sum[i + r] += sum_lanes(sum[r]);
   }
 }
