@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_weights", "read_config", "read_weights", "write"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_weights", "flush", "read_config", "read_weights", "write"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -46,11 +46,11 @@ def write(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Ten
         for name, write_file in writers.items():
             target = folder / name
             write_file(temporary[name])
-            _flush(temporary[name])
+            flush(temporary[name])
         for name, path in temporary.items():
             target = folder / name
             os.replace(path, target)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(
@@ -141,7 +141,15 @@ def _unreadable(path: Path, error: OSError) -> OSError:
     return type(error)(f"{path}: cannot be read ({reason}); give a folder with a saved model")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk.
+
+    Args:
+        path: an existing file or folder.
+
+    Raises:
+        OSError: when the disk reports an error.
+    """
     # a folder cannot be opened for writing, and fsync asks for no more than reading
     descriptor = os.open(path, os.O_RDONLY)
     try:

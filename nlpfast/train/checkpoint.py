@@ -57,14 +57,6 @@ def _beside(folder: Path, ending: str) -> Path:
     return folder.with_name(f"{folder.name}.{ending}")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous CPU tensors of which no two share memory, as safetensors asks for."""
     seen: set[int] = set()
@@ -114,8 +106,8 @@ def _write(
         save_file(_plain_tensors(tensors), folder / OPTIMIZER)
     (folder / STATE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        pretrained.flush(path)
+    pretrained.flush(folder)
 
 
 def _take_place(partial: Path, folder: Path) -> None:
@@ -129,7 +121,7 @@ def _take_place(partial: Path, folder: Path) -> None:
         if previous.exists() and not folder.exists():
             os.replace(previous, folder)
         raise
-    _sync(folder.parent)
+    pretrained.flush(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
