@@ -333,3 +333,17 @@ def test_garbage_in_hidden_keys_and_values(
     expected, actual = (run(backend, side, upstream, **arguments) for side in (clean, dirty))
     for name, a, e in zip(NAMES, actual, expected, strict=False):
         assert torch.equal(a, e), name
+
+
+@pytest.mark.parametrize(("S", "hidden"), [(5, 5), (200, 130), (200, 200)])
+def test_scores_of_minus_infinity_weigh_nothing(backend: str, S: int, hidden: int) -> None:
+    """Keys that are -inf give scores of -inf without a mask; a row of nothing else is an empty row."""
+    query, key, value = torch.ones(1, 1, 2, 4), torch.randn(1, 1, S, 4), torch.randn(1, 1, S, 3)
+    key[:, :, :hidden] = -math.inf
+    value.requires_grad_()
+    out, lse = attention(query, key, value, return_lse=True, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), value)
+    expected = attention(query, key[:, :, hidden:], value[:, :, hidden:], backend=backend)
+    torch.testing.assert_close(out, expected)
+    assert not grad[:, :, :hidden].any() and grad.isfinite().all()
+    assert lse.isneginf().all() == (hidden == S)

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-SERVES = "float32, D and Dv <= 256, any strides, causal, key_lengths, dropout, lse, grouped heads"
+SERVES = (
+    "float32, D and Dv <= 256, any strides, causal, key_lengths, dropout, lse, grouped heads; "
+    "no kernel yet for other dtypes, attn_mask and prefix_lengths, which the reference serves"
+)
 MAX_HEAD_SIZE = 256
 
 # As csrc/library.cpp numbers them.
