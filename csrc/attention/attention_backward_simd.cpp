@@ -43,7 +43,9 @@ void gradient_tile(const AttentionProblem& p, const Tile& t, float* s, float* dp
       }
     };
     for (int32_t j = 0; j < limits.whole; j += LANES) columns.template operator()<false>(j);
-    for (int32_t j = limits.whole; j < limits.extent; j += LANES) columns.template operator()<true>(j);
+    for (int32_t j = limits.whole; j < limits.partial; j += LANES) columns.template operator()<true>(j);
+    zero_columns(s, limits.partial, limits.extent);
+    zero_columns(dp, limits.partial, limits.extent);
   }
 }
 

@@ -53,7 +53,7 @@ void softmax_tile(const AttentionProblem& p, const Tile& t, float* s, Online& on
         sum[r] += e;
         store(x, e);
       }
-    for (int32_t j = limits.whole; j < limits.extent; j += LANES)
+    for (int32_t j = limits.whole; j < limits.partial; j += LANES)
 #pragma GCC unroll 8
       for (int r = 0; r < GROUP; ++r) {
         float* x = s + r * TILE_STRIDE + j;
@@ -61,6 +61,7 @@ void softmax_tile(const AttentionProblem& p, const Tile& t, float* s, Online& on
         sum[r] += e;
         store(x, e);
       }
+    zero_columns(s, limits.partial, limits.extent);
 #pragma GCC unroll 8
     for (int r = 0; r < GROUP; ++r) online.sum[i + r] += sum_lanes(sum[r]);
   }

@@ -136,13 +136,20 @@ static_assert(QUERY_BLOCK % GROUP == 0);
 // Visible columns of the rows of a group, in increasing order.
 struct Limits {
   int32_t of[GROUP];
-  int32_t whole, extent;  // registers up to `whole` are visible to all rows, up to `extent` they are read later
+  // Registers up to `whole` are visible to all rows, up to `partial` to some, up to `extent` they are read later.
+  int32_t whole, partial, extent;
 };
+
+inline void zero_columns(float* tile, int32_t begin, int32_t end) {
+  for (int32_t j = begin; j < end; j += LANES)
+    for (int r = 0; r < GROUP; ++r) store(tile + r * TILE_STRIDE + j, Floats{});
+}
 
 inline Limits group_limits(const Tile& t, int64_t i) {
   Limits limits;
   for (int r = 0; r < GROUP; ++r) limits.of[r] = static_cast<int32_t>(t.limit(i + r));
   limits.whole = limits.of[0] / LANES * LANES;
+  limits.partial = static_cast<int32_t>(round_up(limits.of[GROUP - 1], LANES));
   limits.extent = static_cast<int32_t>(t.extent(i + GROUP - 1));
   return limits;
 }
