@@ -1,7 +1,7 @@
 // Small matrix products for tiles that live in the L1 and L2 cache: C = A B or C += A B.
 //
-// C is computed in blocks of BLOCK_ROWS x (PANEL_VECTORS registers), which hold their sums in registers over the whole
-// inner dimension; elements of A are broadcast, rows of B are loaded. Each element of C adds its products in the order
+// C is computed in blocks of block_rows(v) rows x v registers, which hold their sums in registers over the whole inner
+// dimension; elements of A are broadcast, rows of B are loaded. Each element of C adds its products in the order
 // of k, whatever the block it falls into, so results do not depend on how a matrix is cut into rows.
 //
 // Triangular work is trimmed: with `edge` e, element (row i, column j) of the attention tile is visible iff j <= i + e.
@@ -17,7 +17,7 @@ namespace nlpfast::NLPFAST_ISA {
 constexpr int PANEL_VECTORS = 4;
 // Rows of a block with so many registers a row: 16 to 24 sums, which leaves room for the row of B and one of A.
 constexpr int block_rows(int vectors) { return vectors == 4 ? 6 : 8; }
-constexpr int BLOCK_ROWS = 8;
+constexpr int BLOCK_ROWS = 8;  // the most of them
 #else
 constexpr int PANEL_VECTORS = 2;
 constexpr int block_rows(int) { return 4; }
