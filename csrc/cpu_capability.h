@@ -1,5 +1,6 @@
 // Which instruction set the CPU kernels use: the best that the CPU and the operating system offer, lowered by
-// ATEN_CPU_CAPABILITY (default, avx2, avx512), the variable that lowers PyTorch's own kernels.
+// ATEN_CPU_CAPABILITY (default, avx2, avx512), the variable that lowers PyTorch's own kernels; PyTorch ignores the
+// further value avx512_bf16, which means AVX-512 with bfloat16 products but no AMX.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@
 
 namespace nlpfast {
 
-enum class CpuCapability { baseline, avx2, avx512, avx512_amx };
+enum class CpuCapability { baseline, avx2, avx512, avx512_bf16, avx512_amx };
 
 namespace detail {
 
@@ -39,7 +40,8 @@ inline CpuCapability hardware_capability() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return CpuCapability::avx2;
-  return has_amx() && __builtin_cpu_supports("avx512bf16") ? CpuCapability::avx512_amx : CpuCapability::avx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return CpuCapability::avx512;
+  return has_amx() ? CpuCapability::avx512_amx : CpuCapability::avx512_bf16;
 #else
   return CpuCapability::baseline;
 #endif
@@ -55,6 +57,7 @@ inline CpuCapability cpu_capability() {
     if (wish && !std::strcmp(wish, "default")) limit = CpuCapability::baseline;
     if (wish && !std::strcmp(wish, "avx2")) limit = CpuCapability::avx2;
     if (wish && !std::strcmp(wish, "avx512")) limit = CpuCapability::avx512;
+    if (wish && !std::strcmp(wish, "avx512_bf16")) limit = CpuCapability::avx512_bf16;
     return best < limit ? best : limit;
   }();
   return capability;

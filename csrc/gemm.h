@@ -4,12 +4,15 @@
 // dimension; elements of A are broadcast, rows of B are loaded. Each element of C adds its products in the order
 // of k, whatever the block it falls into, so results do not depend on how a matrix is cut into rows.
 //
+// With PAIRS the elements of A and B are pairs of bfloat16, two consecutive k in a word of 32 bits (see float16.h): A's
+// rows as they lie in memory, B's rows two by two interleaved. k, lda and ldb then count words. C is always float.
+//
 // Triangular work is trimmed: with `edge` e, element (row i, column j) of the attention tile is visible iff j <= i + e.
 #pragma once
 
 #include <algorithm>
 
-#include "simd.h"
+#include "float16.h"
 
 namespace nlpfast::NLPFAST_ISA {
 
@@ -24,6 +27,21 @@ constexpr int block_rows(int) { return 4; }
 constexpr int BLOCK_ROWS = 4;
 #endif
 constexpr int PANEL = PANEL_VECTORS * LANES;
+
+// Whether products of pairs run on AMX tiles.
+#if defined(__AMX_BF16__)
+constexpr bool TILES = true;
+#else
+constexpr bool TILES = false;
+#endif
+// The inner dimension of a product of pairs is padded with zeros to a multiple of so many words.
+constexpr int64_t INNER_GRAIN = TILES ? 16 : 1;
+
+// Words of 32 bits that n elements take.
+template <bool PAIRS>
+constexpr int64_t words_of(int64_t n) {
+  return PAIRS ? (n + 1) / 2 : n;
+}
 
 enum class Trim {
   none,
@@ -45,7 +63,15 @@ struct Product {
   int64_t edge;
 };
 
-template <int ROWS, int VECTORS, bool TRANSPOSED, bool ADD>
+template <bool PAIRS>
+inline Floats multiply_add(Floats sum, Floats x, Floats y) {
+  if constexpr (PAIRS)
+    return add_products(sum, x, y);
+  else
+    return sum + x * y;
+}
+
+template <bool PAIRS, int ROWS, int VECTORS, bool TRANSPOSED, bool ADD>
 inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t k_begin,
                   int64_t k_end) {
   Floats sum[ROWS][VECTORS];
@@ -61,7 +87,7 @@ inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, floa
     for (int r = 0; r < ROWS; ++r) {
       const Floats x = broadcast(TRANSPOSED ? a[k * lda + r] : a[r * lda + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sum[r][v] += x * row[v];
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = multiply_add<PAIRS>(sum[r][v], x, row[v]);
     }
   }
 #pragma GCC unroll 8
@@ -70,45 +96,45 @@ inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, floa
     for (int v = 0; v < VECTORS; ++v) store(c + r * ldc + v * LANES, sum[r][v]);
 }
 
-template <int ROWS, int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
+template <bool PAIRS, int ROWS, int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
 inline void rows_of_panel(const Product& p, int64_t first, int64_t column, const float* b) {
   int64_t k_begin = 0, k_end = p.k;
   const int64_t last_visible = first + ROWS - 1 + p.edge;
   if (TRIM == Trim::columns && last_visible < column) return;
-  if (TRIM == Trim::k_end) k_end = std::min(p.k, first + ROWS + p.edge);
-  if (TRIM == Trim::k_begin) k_begin = std::max<int64_t>(0, first - p.edge);
+  if (TRIM == Trim::k_end) k_end = std::min(p.k, words_of<PAIRS>(first + ROWS + p.edge));
+  if (TRIM == Trim::k_begin) k_begin = std::max<int64_t>(0, first - p.edge) / (PAIRS ? 2 : 1);
   const float* a = TRANSPOSED ? p.a + first : p.a + first * p.lda;
   float* c = p.c + first * p.ldc + column;
   if constexpr (TRIM == Trim::columns && VECTORS > 1) {
     // At the edge fewer registers a row will do.
     if (last_visible < column + (VECTORS - 1) * LANES)
-      return rows_of_panel<ROWS, VECTORS - 1, TRANSPOSED, ADD, TRIM>(p, first, column, b);
+      return rows_of_panel<PAIRS, ROWS, VECTORS - 1, TRANSPOSED, ADD, TRIM>(p, first, column, b);
   }
-  block<ROWS, VECTORS, TRANSPOSED, ADD>(a, p.lda, b, p.ldb, c, p.ldc, k_begin, k_end);
+  block<PAIRS, ROWS, VECTORS, TRANSPOSED, ADD>(a, p.lda, b, p.ldb, c, p.ldc, k_begin, k_end);
 }
 
-template <int ROWS, int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
+template <bool PAIRS, int ROWS, int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
 inline void panel(const Product& p, int64_t column, int64_t first) {
   const float* b = p.b + column * p.panel_step;
-  for (; first + ROWS <= p.m; first += ROWS) rows_of_panel<ROWS, VECTORS, TRANSPOSED, ADD, TRIM>(p, first, column, b);
-  if constexpr (ROWS > 1) panel<(ROWS > 4 ? 4 : ROWS / 2), VECTORS, TRANSPOSED, ADD, TRIM>(p, column, first);
+  for (; first + ROWS <= p.m; first += ROWS) rows_of_panel<PAIRS, ROWS, VECTORS, TRANSPOSED, ADD, TRIM>(p, first, column, b);
+  if constexpr (ROWS > 1) panel<PAIRS, (ROWS > 4 ? 4 : ROWS / 2), VECTORS, TRANSPOSED, ADD, TRIM>(p, column, first);
 }
 
 // Columns are computed in whole registers: C and B hold round_up(n, LANES) of them.
-template <bool TRANSPOSED, bool ADD, Trim TRIM, int VECTORS = PANEL_VECTORS>
+template <bool PAIRS, bool TRANSPOSED, bool ADD, Trim TRIM, int VECTORS = PANEL_VECTORS>
 void multiply(const Product& p, int64_t column = 0) {
   for (; column + (VECTORS - 1) * LANES < p.n; column += VECTORS * LANES)
-    panel<block_rows(VECTORS), VECTORS, TRANSPOSED, ADD, TRIM>(p, column, 0);
-  if constexpr (VECTORS > 1) multiply<TRANSPOSED, ADD, TRIM, VECTORS - 1>(p, column);
+    panel<PAIRS, block_rows(VECTORS), VECTORS, TRANSPOSED, ADD, TRIM>(p, column, 0);
+  if constexpr (VECTORS > 1) multiply<PAIRS, TRANSPOSED, ADD, TRIM, VECTORS - 1>(p, column);
 }
 
 // C = A B the first time, C += A B later.
-template <bool TRANSPOSED, Trim TRIM>
+template <bool PAIRS, bool TRANSPOSED, Trim TRIM>
 void accumulate(bool first, const Product& p) {
   if (first)
-    multiply<TRANSPOSED, false, TRIM>(p);
+    multiply<PAIRS, TRANSPOSED, false, TRIM>(p);
   else
-    multiply<TRANSPOSED, true, TRIM>(p);
+    multiply<PAIRS, TRANSPOSED, true, TRIM>(p);
 }
 
 }  // namespace nlpfast::NLPFAST_ISA

@@ -2,14 +2,24 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(nlpfast, m) {
+  // attn_mask: bool or floating, [B or 1, H or 1, L or 1, S or 1]. key_lengths, prefix_lengths: int64 [B].
   // causal: 0 none, 1 top-left (key j <= query i), 2 bottom-right (key j <= query i + S - L).
   // seed: int64 [2] (Philox seed, offset), needed iff dropout_p > 0. Returns out [B, H, L, E], lse [B, H, L] and what
   // rounding took from lse, which backward wants.
   m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? seed, "
-      "float dropout_p, int causal, float scale) -> (Tensor, Tensor, Tensor)");
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, "
+      "Tensor? prefix_lengths, Tensor? seed, float dropout_p, int causal, float scale) -> (Tensor, Tensor, Tensor)");
+  // Returns dq, dk, dv and, if mask_gradient, the gradient of attn_mask as float32 of its sizes, else [0].
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-      "Tensor lse, Tensor lse_low, Tensor? key_lengths, Tensor? seed, float dropout_p, int causal, float scale) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor lse, Tensor lse_low, Tensor? attn_mask, Tensor? key_lengths, Tensor? prefix_lengths, Tensor? seed, "
+      "float dropout_p, int causal, float scale, bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Packed sequences: [total, H, D], cu_seq: int64 [B + 1]. lse and its companion are [H, total].
+  m.def(
+      "varlen_attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, int max_q, "
+      "int max_k, Tensor? seed, float dropout_p, int causal, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor out, Tensor lse, Tensor lse_low, Tensor cu_seq_q, Tensor cu_seq_k, int max_q, int max_k, Tensor? seed, "
+      "float dropout_p, int causal, float scale) -> (Tensor, Tensor, Tensor)");
 }

@@ -11,6 +11,8 @@ const char* capability_name() {
   switch (nlpfast::cpu_capability()) {
     case nlpfast::CpuCapability::avx512_amx:
       return "AVX512_AMX";
+    case nlpfast::CpuCapability::avx512_bf16:
+      return "AVX512_BF16";
     case nlpfast::CpuCapability::avx512:
       return "AVX512";
     case nlpfast::CpuCapability::avx2:
@@ -37,5 +39,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "Return how the native library was built: compiler, torch (headers), instruction_sets, cuda, sanitizers.");
   m.def("cpu_capability", &capability_name,
-        "Return the instruction set in use: DEFAULT, AVX2, AVX512 or AVX512_AMX (lowered by ATEN_CPU_CAPABILITY).");
+        "Return the instruction set in use: DEFAULT, AVX2, AVX512, AVX512_BF16 or AVX512_AMX (lowered by "
+        "ATEN_CPU_CAPABILITY).");
 }

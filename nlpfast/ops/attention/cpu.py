@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
-SERVES = (
-    "float32, D and Dv <= 256, any strides, causal, key_lengths, dropout, lse, grouped heads; "
-    "no kernel yet for other dtypes, attn_mask and prefix_lengths, which the reference serves"
-)
+SERVES = "float32, bfloat16 and float16, D and Dv <= 256, every mask, any strides"
 MAX_HEAD_SIZE = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # As csrc/library.cpp numbers them.
-_CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
+CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
 
 
 def refusal(
@@ -24,14 +22,10 @@ def refusal(
     """Return why the kernels do not serve this call, in one line, or None."""
     if query.device.type != "cpu":
         return f"it computes on the CPU, and the tensors are on {query.device}"
-    if query.dtype != torch.float32:
-        return f"it computes in float32, and the tensors are {query.dtype}"
-    if attn_mask is not None:
-        return "it has no attn_mask yet"
-    if prefix_lengths is not None:
-        return "it has no prefix_lengths yet"
-    if query.shape[3] > MAX_HEAD_SIZE or value.shape[3] > MAX_HEAD_SIZE:
-        return f"it takes head sizes up to {MAX_HEAD_SIZE}, and got {max(query.shape[3], value.shape[3])}"
+    if query.dtype not in DTYPES:
+        return f"it computes in float32, bfloat16 and float16, and the tensors are {query.dtype}"
+    if query.shape[-1] > MAX_HEAD_SIZE or value.shape[-1] > MAX_HEAD_SIZE:
+        return f"it takes head sizes up to {MAX_HEAD_SIZE}, and got {max(query.shape[-1], value.shape[-1])}"
     return None
 
 
@@ -52,12 +46,9 @@ def forward(
     lse + lse_low is lse to twice its precision: backward recomputes exp(score - lse), where the rounding of
     lse is a relative error of every weight, 0.4 % at scores of 1e5.
     """
-    if key_lengths is not None:
-        key_lengths = key_lengths.contiguous()
-    if seed is not None:
-        seed = seed.contiguous()
     return torch.ops.nlpfast.attention_forward(
-        query, key, value, key_lengths, seed, dropout_p, _CAUSAL[causal], scale
+        *(query, key, value, attn_mask, _rows(key_lengths), _rows(prefix_lengths), _rows(seed)),
+        *(dropout_p, CAUSAL[causal], scale),
     )
 
 
@@ -77,33 +68,35 @@ def backward(
     dropout_p: float,
     causal: str,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    """Return the gradients of query, key and value, contiguous; there is no mask to have one."""
-    if key_lengths is not None:
-        key_lengths = key_lengths.contiguous()
-    if seed is not None:
-        seed = seed.contiguous()
-    dq, dk, dv = torch.ops.nlpfast.attention_backward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of query, key and value, contiguous, and of a mask that requires one."""
+    mask_gradient = attn_mask is not None and attn_mask.requires_grad
+    dq, dk, dv, dmask = torch.ops.nlpfast.attention_backward(
         *(grad_out, grad_lse, query, key, value, out, lse, lse_low),
-        *(key_lengths, seed, dropout_p, _CAUSAL[causal], scale),
+        *(attn_mask, _rows(key_lengths), _rows(prefix_lengths), _rows(seed)),
+        *(dropout_p, CAUSAL[causal], scale, mask_gradient),
     )
-    return dq, dk, dv, None
+    return dq, dk, dv, dmask.to(attn_mask.dtype) if mask_gradient and attn_mask is not None else None
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """Return a vector as the operations read it, without strides."""
+    return None if x is None else x.contiguous()
 
 
 def _register_fakes() -> None:
     """Tell torch.compile the shapes of what the operations return."""
 
     @torch.library.register_fake("nlpfast::attention_forward")
-    def _(query, key, value, key_lengths, seed, dropout_p, causal, scale):  # type: ignore[no-untyped-def]
+    def _(query, key, value, *rest):  # type: ignore[no-untyped-def]
         B, H, L, _ = query.shape
-        lse = query.new_empty(B, H, L)
+        lse = query.new_empty((B, H, L), dtype=torch.float32)
         return query.new_empty(B, H, L, value.shape[3]), lse, torch.empty_like(lse)
 
     @torch.library.register_fake("nlpfast::attention_backward")
-    def _(  # type: ignore[no-untyped-def]
-        grad_out, grad_lse, query, key, value, out, lse, lse_low, key_lengths, seed, dropout_p, causal, scale
-    ):
-        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    def _(grad_out, grad_lse, query, key, value, out, lse, lse_low, attn_mask, *rest):  # type: ignore[no-untyped-def]
+        dmask = lse.new_empty(attn_mask.shape if rest[-1] else (0,))
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), dmask
 
 
 _register_fakes()
