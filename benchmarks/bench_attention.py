@@ -40,7 +40,10 @@ class Case:
         dropout: the probability of dropping an attention probability.
         dtype: of inputs and outputs.
         transposed: inputs are views of [B, L, H, D] tensors, as a model's projections give them.
+        fill: the share of keys that are real; sequences have 2 * fill - 1 .. 1 of S, and peers get a mask.
         goal: how many times faster than the first peer ours must be, None for sizes that are for information.
+        best_goal: how many times faster than the fastest of the peers.
+        quick: also part of the quick run.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -48,24 +51,43 @@ class Case:
     dropout: float = 0.0
     dtype: torch.dtype = torch.float32
     transposed: bool = False
+    fill: float = 1.0
     goal: float | None = None
+    best_goal: float | None = None
+    quick: bool = False
 
     @property
     def name(self) -> str:
         """The size and what is special about it, in one line."""
         words = [str(self.shape).replace(" ", ""), str(self.dtype).removeprefix("torch.")]
         words += ["causal"] * self.causal + [f"dropout {self.dropout}"] * (self.dropout > 0)
+        words += [f"{self.fill:.0%} real"] * (self.fill < 1)
         return " ".join(words + ["transposed views"] * self.transposed)
 
 
+# Shape, causal; goals: float32, float32 with dropout, bfloat16, the same against the best peer, with dropout.
+GOALS = (
+    ((32, 8, 128, 128, 32), True, 3.0, 6.0, 12.0, 3.0, 10.0),
+    ((32, 8, 64, 64, 64), False, 2.0, 3.0, 12.0, 2.0, 10.0),
+    ((2, 12, 512, 512, 64), False, 1.3, 3.0, 3.0, 3.0, 10.0),
+    ((1, 12, 1024, 1024, 64), True, 1.5, 5.0, 3.0, 3.0, 10.0),
+)
+BOTH = (torch.float32, torch.bfloat16)
+SHORT = GOALS[0][0]
 CASES = (
-    Case((32, 8, 128, 128, 32), causal=True, goal=2.0),
-    Case((32, 8, 128, 128, 32), causal=True, dropout=0.1, goal=4.0),
-    Case((2, 12, 512, 512, 64), goal=1.2),
-    Case((32, 8, 128, 128, 32), causal=True, transposed=True),
-    Case((32, 8, 64, 64, 64)),
-    Case((1, 12, 1024, 1024, 64), causal=True),
-    Case((8, 8, 64, 1024, 64)),
+    *(Case(s, causal, goal=goal, quick=s == SHORT) for s, causal, goal, *_ in GOALS),
+    *(Case(s, causal, 0.1, goal=goal, quick=s == SHORT) for s, causal, _, goal, *_ in GOALS),
+    *(
+        Case(s, causal, dtype=torch.bfloat16, goal=goal, best_goal=best, quick=s == SHORT)
+        for s, causal, _, _, goal, best, _ in GOALS
+    ),
+    *(Case(s, causal, 0.1, torch.bfloat16, goal=goal) for s, causal, *_, goal in GOALS),
+    # The bottleneck of a Perceiver, down and up, and a batch of BERT with padding.
+    *(Case((8, 8, 64, 1024, 64), True, dtype=dtype, goal=10.0) for dtype in BOTH),
+    *(Case((8, 8, 1024, 64, 64), dtype=dtype, goal=2.0) for dtype in BOTH),
+    *(Case((32, 12, 128, 128, 64), fill=0.75, dtype=dtype, goal=1.3) for dtype in BOTH),
+    *(Case(SHORT, True, transposed=True, dtype=dtype) for dtype in BOTH),
+    Case(SHORT, True, dtype=torch.float16),
 )
 
 
@@ -76,9 +98,14 @@ def describe(case: Case) -> dict[str, object]:
 
 
 def flops(case: Case) -> float:
-    """Return the operations of a step: 2 products forward, 5 backward, 2*L*S*D each; half when causal."""
+    """Return the operations of a step: 2 products forward, 5 backward, 2*D for each visible pair."""
     B, H, L, S, D = case.shape
-    return 7 * 2 * L * S * D * B * H * (0.5 if case.causal else 1.0)
+    pairs = L * S * case.fill
+    if case.causal:
+        # Query i sees keys 0..i: a triangle, cut off where there are fewer keys, or fewer queries.
+        short = min(L, S)
+        pairs = short * short / 2 + max(0, L - S) * S
+    return 7 * 2 * pairs * D * B * H
 
 
 def unavailable(implementation: str) -> str | None:
@@ -92,7 +119,7 @@ def unavailable(implementation: str) -> str | None:
 def chosen(case: Case, settings: Settings) -> str:
     """Return the name of the backend that serves ours."""
     inputs, _ = _inputs(case, settings.device)
-    request = (*inputs, None, None, None)
+    request = (*inputs, None, _lengths(case, settings.device), None)
     module = dispatch.choose(OP, torch.device(settings.device).type, settings.backend, request)
     return module.__name__.rpartition(".")[2]
 
@@ -167,10 +194,12 @@ def _function(
     """Return a function of query, key, value; `seed` is for ours, which alone can repeat a dropout mask."""
     if implementation == OURS:
         options = {"dropout_p": dropout, "is_causal": case.causal, "seed": seed, "backend": settings.backend}
-        return lambda q, k, v: nlpfast.attention(q, k, v, **options)
+        lengths = _lengths(case, settings.device)
+        return lambda q, k, v: nlpfast.attention(q, k, v, key_lengths=lengths, **options)
     if implementation == "sdpa":
+        mask = _real(case, settings.device)
         return lambda q, k, v: F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=case.causal
+            q, k, v, mask, dropout_p=dropout, is_causal=case.causal
         )
     eager = _eager(case, settings.device, dropout)
     if implementation == "eager":
@@ -180,14 +209,33 @@ def _function(
     return torch.compile(eager, fullgraph=True, dynamic=False)
 
 
+def _lengths(case: Case, device: str) -> Tensor | None:
+    """Return how many keys of each sequence are real, or None where all are."""
+    B, S = case.shape[0], case.shape[3]
+    if case.fill == 1.0:
+        return None
+    return torch.linspace((2 * case.fill - 1) * S, S, B, device=device).round().long()
+
+
+def _real(case: Case, device: str) -> Tensor | None:
+    """Return the same as a boolean mask [B, 1, 1, S]."""
+    lengths = _lengths(case, device)
+    return None if lengths is None else torch.arange(case.shape[3], device=device) < lengths.view(-1, 1, 1, 1)
+
+
 def _eager(case: Case, device: str, dropout: float) -> Callable[..., Tensor]:
-    """Return attention as models write it, with the causal mask made once."""
+    """Return attention as models write it, with its mask made once."""
     _, _, L, S, D = case.shape
-    hidden = torch.ones(L, S, dtype=torch.bool, device=device).triu(1)
+    hidden, real = (
+        torch.ones(L, S, dtype=torch.bool, device=device).triu(1 if case.causal else S),
+        _real(case, device),
+    )
+    if real is not None:
+        hidden = hidden | ~real
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         scores = query @ key.mT * D**-0.5
-        if case.causal:
+        if case.causal or real is not None:
             scores = scores.masked_fill(hidden, -math.inf)
         probs = torch.softmax(scores, dim=-1)
         if dropout > 0.0:
@@ -204,7 +252,8 @@ def _definition(case: Case, device: str, dropout: float, dtype: torch.dtype) -> 
     inputs, grad_out = _inputs(case, device)
     query, key, value, grad_out = (x.detach().to(dtype) for x in (*inputs, grad_out))
     seed = torch.tensor([SEED, 0], device=device) if dropout > 0.0 else None
-    rest = (None, None, None, seed, dropout, "top_left" if case.causal else "none", case.shape[-1] ** -0.5)
+    lengths, causal = _lengths(case, device), "top_left" if case.causal else "none"
+    rest = (None, lengths, None, seed, dropout, causal, case.shape[-1] ** -0.5)
     saved = reference.forward(query, key, value, *rest)
     dq, dk, dv, _ = reference.backward(grad_out, None, query, key, value, *saved, *rest)
     return saved[0], dq, dk, dv

@@ -2,7 +2,8 @@
 
 A benchmark module (`bench_<op>.py`) offers the names `OP`, `CASES`, `OURS`, `PEERS` and these functions:
 
-- `describe(case)`: the case as plain data, with its `name` and its `goal` (a ratio of times, or None);
+- `describe(case)`: the case as plain data, with its `name`, its `goal` against the first of `PEERS` and its
+  `best_goal` against the fastest (ratios of times, or None); a case also says whether it is `quick`;
 - `flops(case)`: floating-point operations of one step;
 - `unavailable(implementation)`: None, or why it cannot run here;
 - `chosen(case, settings)`: the name of the backend that serves ours;
@@ -33,7 +34,7 @@ Result = dict[str, Any]
 WARMUP_ROUNDS = 3
 MIN_ROUNDS = 5
 MAX_ROUNDS = 2000
-SECONDS_PER_STEP = {"quick": 0.8, "full": 3.0}
+SECONDS_PER_STEP = {"quick": 0.8, "full": 2.0}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Settings:
     """What is measured.
 
     Attributes:
-        quick: only the cases with a goal, only the first peer, and fewer rounds.
+        quick: only the cases marked so, only the first peer, and fewer rounds.
         threads: numbers of CPU threads, by default 1 and torch's own number; a GPU has one row a case.
         backend: the backend of ours, by default the one that a user would get.
         device: where the inputs lie.
@@ -72,7 +73,7 @@ def run(bench: ModuleType, settings: Settings, progress: Callable[[str], None] =
     if settings.device != "cpu":
         counts = (before,)
     names, notes = _implementations(bench, settings)
-    cases = [case for case in bench.CASES if case.goal is not None or not settings.quick]
+    cases = [case for case in bench.CASES if case.quick or not settings.quick]
     rates: dict[str, Result] = {}
     rows: list[Result] = []
     try:
@@ -128,26 +129,30 @@ def interleave(steps: Mapping[str, Step], seconds: float, device: str = "cpu") -
 
 
 def machine_rates(device: str = "cpu") -> Result:
-    """Measure what the machine reaches with the present number of threads: a large GEMM and a large copy.
+    """Measure what the machine reaches with the present number of threads: large GEMMs and a large copy.
 
     Args:
         device: where to measure.
 
     Returns:
-        `gemm_gflops`, float32, 1024 x 1024 x 1024; `copy_gbytes`, bytes read plus bytes written in a second.
+        `gemm_gflops`, float32, 1024 x 1024 x 1024; `gemm_16_gflops`, the same in bfloat16; `copy_gbytes`,
+        bytes read plus bytes written in a second.
     """
     size = 1024
     left, right = torch.randn(2, size, size, device=device)
     product = torch.empty(size, size, device=device)
+    left_16, right_16, product_16 = (x.to(torch.bfloat16) for x in (left, right, product))
     source = torch.randn(2**24, device=device)
     target = torch.randn(2**24, device=device)
     steps = {
         "gemm": lambda: torch.mm(left, right, out=product),
+        "gemm_16": lambda: torch.mm(left_16, right_16, out=product_16),
         "copy": lambda: target.copy_(source),
     }
     best = {name: min(times) for name, times in interleave(steps, 0.5, device).items()}
     return {
         "gemm_gflops": round(2 * size**3 / best["gemm"] / 1e9, 1),
+        "gemm_16_gflops": round(2 * size**3 / best["gemm_16"] / 1e9, 1),
         "copy_gbytes": round(2 * source.numel() * source.element_size() / best["copy"] / 1e9, 1),
     }
 
@@ -172,20 +177,24 @@ def _measure_case(
     seconds = SECONDS_PER_STEP["quick" if settings.quick else "full"] * len(steps)
     times = interleave(steps, seconds, settings.device)
     ours, backend = times[bench.OURS], bench.chosen(case, settings)
+    description = bench.describe(case)
     rate = bench.flops(case) / min(ours) / 1e9
+    gemm = rates["gemm_gflops" if description["dtype"] == "float32" else "gemm_16_gflops"]
+    fastest = min(names[1:], key=lambda name: min(times[name]), default=None)
     return [
         {
-            **bench.describe(case),
+            **description,
             "threads": torch.get_num_threads(),
             "backend": backend,
             "peer": peer,
             "goal_peer": bench.PEERS[0],
+            "best_peer": fastest,
             "rounds": len(ours),
             "ours_ms": _milliseconds(ours),
             "peer_ms": _milliseconds(times[peer]),
             "ratio_of_minima": round(min(times[peer]) / min(ours), 3),
             "ratio_of_medians": round(statistics.median(times[peer]) / statistics.median(ours), 3),
-            "gemm_share": round(rate / rates["gemm_gflops"], 3),
+            "gemm_share": round(rate / gemm, 3),
             "ours_error": errors[bench.OURS],
             "peer_error": errors[peer],
         }

@@ -1,7 +1,8 @@
 // The 16-bit floating types, bfloat16 and float16, and their conversion to and from registers of floats.
 //
-// Results are rounded to nearest, ties to even. A pair is two bfloat16 in the 32 bits of a lane, the lower-numbered one
-// in the low half: what the dot-product instructions of AVX512_BF16 and AMX multiply at once.
+// Results are rounded to nearest, ties to even; the instructions of AVX512_BF16 take subnormal bfloat16 for zero. A
+// pair is two bfloat16 in the 32 bits of a lane, the lower-numbered one in the low half: what the dot-product
+// instructions of AVX512_BF16 and AMX multiply at once.
 #pragma once
 
 #include "dtype.h"
@@ -25,11 +26,15 @@ inline Floats load(const Bfloat16* p) {
   return (Floats)(__builtin_convertvector(h, UInts) << 16);
 }
 
+#if defined(__AVX512BF16__)
+inline Halves to_bfloat16(Floats x) { return (Halves)_mm512_cvtneps_pbh((__m512)x); }
+#else
 inline Halves to_bfloat16(Floats x) {
   const UInts bits = (UInts)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   // Rounding could carry a NaN into infinity: it stays a NaN by its quiet bit.
   return __builtin_convertvector(x == x ? rounded : bits >> 16 | 0x40, Halves);
 }
+#endif
 
 inline void store(Bfloat16* p, Floats x) {
   const Halves h = to_bfloat16(x);
@@ -105,8 +110,7 @@ constexpr bool HAS_PAIRS = true;
 
 typedef uint16_t Shorts __attribute__((vector_size(4 * LANES)));
 
-// Lane c of the result: (a[2c], a[2c + 1]) in the lower lanes, then the same of b. Rounds as to_bfloat16, but takes
-// subnormals for zero.
+// Lane c of the result: (a[2c], a[2c + 1]) in the lower lanes, then the same of b.
 inline Floats pairs_of_columns(Floats a, Floats b) { return (Floats)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
 
 namespace detail {
@@ -131,9 +135,7 @@ inline Floats pairs_of_rows(Floats a, Floats b) {
 }
 
 // The same for two rows of 2 * LANES bfloat16: columns [0, LANES) and [LANES, 2 * LANES).
-inline Floats zip_low(Floats a, Floats b) {
-  return (Floats)detail::zip((Shorts)a, (Shorts)b, detail::ShortLanes{});
-}
+inline Floats zip_low(Floats a, Floats b) { return (Floats)detail::zip((Shorts)a, (Shorts)b, detail::ShortLanes{}); }
 inline Floats zip_high(Floats a, Floats b) {
   return (Floats)detail::zip_upper((Shorts)a, (Shorts)b, detail::ShortLanes{});
 }

@@ -116,7 +116,8 @@ inline void rows_of_panel(const Product& p, int64_t first, int64_t column, const
 template <bool PAIRS, int ROWS, int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>
 inline void panel(const Product& p, int64_t column, int64_t first) {
   const float* b = p.b + column * p.panel_step;
-  for (; first + ROWS <= p.m; first += ROWS) rows_of_panel<PAIRS, ROWS, VECTORS, TRANSPOSED, ADD, TRIM>(p, first, column, b);
+  for (; first + ROWS <= p.m; first += ROWS)
+    rows_of_panel<PAIRS, ROWS, VECTORS, TRANSPOSED, ADD, TRIM>(p, first, column, b);
   if constexpr (ROWS > 1) panel<PAIRS, (ROWS > 4 ? 4 : ROWS / 2), VECTORS, TRANSPOSED, ADD, TRIM>(p, column, first);
 }
 

@@ -18,7 +18,7 @@ attention = benchmark_module("bench_attention")
 measure = benchmark_module("measure")
 report = benchmark_module("report")
 
-TINY = attention.Case((2, 2, 5, 7, 4), goal=2.0)
+TINY = attention.Case((2, 2, 5, 7, 4), goal=2.0, quick=True)
 SETTINGS = measure.Settings()
 
 
@@ -27,8 +27,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "WARMUP_ROUNDS", 1)
     monkeypatch.setattr(measure, "MIN_ROUNDS", 3)
     monkeypatch.setattr(measure, "SECONDS_PER_STEP", {"quick": 0.0, "full": 0.0})
-    monkeypatch.setattr(measure, "machine_rates", lambda device: {"gemm_gflops": 100.0, "copy_gbytes": 10.0})
-    cases = (TINY, dataclasses.replace(TINY, causal=True, dropout=0.25, transposed=True, goal=None))
+    rates = {"gemm_gflops": 100.0, "gemm_16_gflops": 200.0, "copy_gbytes": 10.0}
+    monkeypatch.setattr(measure, "machine_rates", lambda device: rates)
+    other = {"causal": True, "dropout": 0.25, "transposed": True, "goal": None, "quick": False}
+    cases = (TINY, dataclasses.replace(TINY, **other))
     monkeypatch.setattr(attention, "CASES", cases)
     monkeypatch.setattr(attention, "PEERS", ("sdpa", "eager"))
 
@@ -46,23 +48,46 @@ def test_rounds_take_turns() -> None:
 def test_machine_rates_are_plausible() -> None:
     rates = measure.machine_rates()
     assert 0.1 < rates["gemm_gflops"] < 1e6
+    assert 0.1 < rates["gemm_16_gflops"] < 1e6
     assert 0.1 < rates["copy_gbytes"] < 1e5
 
 
 @pytest.mark.parametrize(
-    ("causal", "expected"), [(False, 7 * 2 * 2 * 2 * 5 * 7 * 4), (True, 7 * 2 * 2 * 5 * 7 * 4)]
+    ("changes", "pairs"),
+    [
+        ({}, 35),
+        ({"causal": True}, 12.5),
+        ({"shape": (2, 2, 7, 5, 4), "causal": True}, 22.5),
+        ({"fill": 0.8}, 28),
+    ],
 )
-def test_flops(causal: bool, expected: float) -> None:
-    assert attention.flops(dataclasses.replace(TINY, causal=causal)) == expected
+def test_flops(changes: dict[str, Any], pairs: float) -> None:
+    assert attention.flops(dataclasses.replace(TINY, **changes)) == pytest.approx(7 * 2 * 2 * 2 * pairs * 4)
 
 
 def test_goals_are_those_that_were_promised() -> None:
-    goals = {(c.shape, c.causal, c.dropout, c.dtype, c.goal) for c in attention.CASES if c.goal is not None}
-    assert goals == {
-        ((32, 8, 128, 128, 32), True, 0.0, torch.float32, 2.0),
-        ((32, 8, 128, 128, 32), True, 0.1, torch.float32, 4.0),
-        ((2, 12, 512, 512, 64), False, 0.0, torch.float32, 1.2),
+    goals = {
+        (*c.shape, c.causal, c.dropout > 0, c.fill < 1, c.dtype == torch.bfloat16): (c.goal, c.best_goal)
+        for c in attention.CASES
+        if c.goal is not None
     }
+    table = {
+        (32, 8, 128, 128, 32, True): (3, 6, 12, 3, 10),
+        (32, 8, 64, 64, 64, False): (2, 3, 12, 2, 10),
+        (2, 12, 512, 512, 64, False): (1.3, 3, 3, 3, 10),
+        (1, 12, 1024, 1024, 64, True): (1.5, 5, 3, 3, 10),
+    }
+    promised: dict[tuple[Any, ...], tuple[float, float | None]] = {}
+    for case, (plain, dropped, half, best, half_dropped) in table.items():
+        promised[(*case, False, False, False)] = (plain, None)
+        promised[(*case, True, False, False)] = (dropped, None)
+        promised[(*case, False, False, True)] = (half, best)
+        promised[(*case, True, False, True)] = (half_dropped, None)
+    for dtype in (False, True):
+        promised[8, 8, 64, 1024, 64, True, False, False, dtype] = (10, None)
+        promised[8, 8, 1024, 64, 64, False, False, False, dtype] = (2, None)
+        promised[32, 12, 128, 128, 64, False, False, True, dtype] = (1.3, None)
+    assert goals == promised
     names = [case.name for case in attention.CASES]
     assert len(set(names)) == len(names)
 
@@ -80,6 +105,7 @@ def test_run_measures_every_case_and_peer() -> None:
     for row in result["rows"]:
         assert row["ours_ms"]["min"] <= row["ours_ms"]["median"]
         assert row["rounds"] == 3
+        assert row["best_peer"] in ("sdpa", "eager")
         assert row["ratio_of_minima"] > 0
         assert set(row["ours_error"]) == {"out", "dq", "dk", "dv"}
         assert max(*row["ours_error"].values(), *row["peer_error"].values()) < 1e-5
@@ -114,7 +140,7 @@ def test_wrong_results_are_not_timed(spoil: Any, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("implementation", ["nlpfast", "sdpa", "eager"])
 def test_implementations_have_small_errors(implementation: str) -> None:
-    case = dataclasses.replace(TINY, causal=True, transposed=True)
+    case = dataclasses.replace(TINY, causal=implementation == "eager", transposed=True, fill=0.8)
     errors = attention.errors(case, ["nlpfast", implementation], SETTINGS)
     assert max(errors[implementation].values()) < 1e-5
 
@@ -153,6 +179,9 @@ def a_row(**changes: Any) -> dict[str, Any]:
         ({"goal": 1.2}, ">= 1.2 met"),
         ({"goal": None}, "-"),
         ({"peer": "eager", "ratio_of_minima": 0.1}, "-"),
+        ({"best_peer": "sdpa", "best_goal": 2.05}, ">= 2 met, best >= 2.05 MISSED"),
+        ({"best_peer": "eager", "best_goal": 3.0}, ">= 2 met"),
+        ({"peer": "eager", "best_peer": "eager", "best_goal": 1.5}, "best >= 1.5 met"),
     ],
 )
 def test_verdict(changes: dict[str, Any], verdict: str) -> None:

@@ -28,6 +28,8 @@ TOP = {
     *("constraints.txt", "pyproject.toml", "setup.py"),
     *("benchmarks", "csrc", "nlpfast", "tests"),
 }
+# Ops without kernels of their own: those of the named op serve them, in its folder, by a binding of theirs.
+KERNELS_OF = {"varlen_attention": "attention"}
 BACKENDS = {"__init__", "reference", "cpu", "triton", "cuda"}
 BANNED = re.compile(r"^(utils?|common|misc|helpers?|.*_new|.*_v2)$")
 ENVIRONMENT = {"NLPFAST_BACKEND", "NLPFAST_NATIVE", "NLPFAST_LOG"}
@@ -166,8 +168,9 @@ def test_op_is_complete(op: Path) -> None:
     schemas = (ROOT / "csrc" / "library.cpp").read_text(encoding="utf-8")
     needed = [ROOT / "tests" / "ops" / f"test_{op.name}.py", ROOT / "benchmarks" / f"bench_{op.name}.py"]
     if (op / "cpu.py").exists():
-        folder = ROOT / "csrc" / op.name
-        needed += [folder / f"{op.name}.h", folder / f"{op.name}_simd.cpp", folder / f"{op.name}_cpu.cpp"]
+        kernels = KERNELS_OF.get(op.name, op.name)
+        folder = ROOT / "csrc" / kernels
+        needed += [folder / f"{kernels}.h", folder / f"{kernels}_simd.cpp", folder / f"{op.name}_cpu.cpp"]
         for name in (f"{op.name}_forward", f"{op.name}_backward"):
             assert f'"{name}(' in schemas, f"csrc/library.cpp has no schema of {name}"
     missing = [name_of(path) for path in needed if not path.exists()]

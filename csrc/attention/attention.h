@@ -2,7 +2,8 @@
 //
 // Shapes: B batch, H query heads, G = H / (key heads) query heads per key head, L query length, S key length,
 // D query and key head size, E value head size. Packed sequences have no padding: batch entry b has the rows
-// [cu_q[b], cu_q[b + 1]) of [total, H, D] queries and [cu_k[b], cu_k[b + 1]) of the keys; L and S are then upper bounds.
+// [cu_q[b], cu_q[b + 1]) of [total, H, D] queries and [cu_k[b], cu_k[b + 1]) of the keys; L and S are then upper
+// bounds.
 #pragma once
 
 #include <cstdint>

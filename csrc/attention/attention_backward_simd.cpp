@@ -85,8 +85,8 @@ void gradient_tile(const Weighing& c, const Tile& t, float* s, float* dp) {
             Floats e = load(s + at), d = load(dp + at);
             Ints keep;
             if constexpr (WHOLE) {
-              keep = (Ints)e >= 0;
-              e = (Floats)((Ints)e & INT32_MAX);
+              if (DROPOUT) keep = (Ints)e >= 0;
+              if (DROPOUT) e = (Floats)((Ints)e & INT32_MAX);
             } else {
               e = exp(e * scale - c.lse[row] - c.lse_low[row]);
               if (DROPOUT) keep = kept(words[u], r + y, c.drop_threshold);
@@ -112,7 +112,8 @@ void gradient_tile(const Weighing& c, const Tile& t, float* s, float* dp) {
 #pragma GCC unroll 2
           for (int y = 0; y < N; ++y) store(dp_row + y * TILE_STRIDE + j / 2, pairs_of_columns(ds[y][0], ds[y][1]));
         } else {
-          store(s_row + j, weight[0][0]);
+          // Rows that are whole lie there already, where none is dropped.
+          if (DROPOUT || !WHOLE) store(s_row + j, weight[0][0]);
           store(dp_row + j, ds[0][0]);
         }
       }
@@ -164,30 +165,36 @@ void backward_tile(const AttentionBackward& p, const Sequence& seq, const Rectan
   multiply<PAIRS, false, false, Trim::columns>(
       {x.grad.row(i), x.grad.stride, w.vt + j * e, PANEL, e, w.dp, TILE_STRIDE, t.rows, t.cols, e, edge});
   if (p.mask.data) apply_mask(p, seq.b, h, t, w.s, w.dp);
-  const Weighing c{p.mask.data ? 1.0f : p.scale, r.dmask ? 1.0f : p.scale, p.keep_scale,      p.drop_threshold,
-                   {p.seed, p.offset},           x.lse + i,                 x.lse_low + i, x.delta + i};
+  const Weighing c{p.mask.data ? 1.0f : p.scale,
+                   r.dmask ? 1.0f : p.scale,
+                   p.keep_scale,
+                   p.drop_threshold,
+                   {p.seed, p.offset},
+                   x.lse + i,
+                   x.lse_low + i,
+                   x.delta + i};
   if (rows_are_whole(seq))
     p.drop_threshold > 0 ? gradient_tile<PAIRS, true, true>(c, t, w.s, w.dp)
                          : gradient_tile<PAIRS, false, true>(c, t, w.s, w.dp);
   else
     p.drop_threshold > 0 ? gradient_tile<PAIRS, true, false>(c, t, w.s, w.dp)
                          : gradient_tile<PAIRS, false, false>(c, t, w.s, w.dp);
-  if (r.dmask) return add_to_mask(p.dmask, t, w.dp, r.dmask + i * (p.dmask.rows > 1 ? p.dmask.columns : 0) +
-                                                        (p.dmask.columns > 1 ? j : 0));
+  if (r.dmask)
+    return add_to_mask(p.dmask, t, w.dp,
+                       r.dmask + i * (p.dmask.rows > 1 ? p.dmask.columns : 0) + (p.dmask.columns > 1 ? j : 0));
   if (PAIRS) clear_missing_rows(t, w.s);
   const int64_t pair_rows = STEP<PAIRS> * TILE_STRIDE, rows = depth_of<PAIRS>(t.rows), slot = i / STEP<PAIRS>;
   if (r.want_key_value) {
     accumulate<PAIRS, true, Trim::k_begin>(first, {w.s, pair_rows, x.grad_right.row(slot), x.grad_right.stride, 1,
                                                    to.dv.data, to.dv.stride, t.cols, p.E, rows, edge});
-    accumulate<PAIRS, true, Trim::k_begin>(first, {PAIRS ? w.s + TILE_STRIDE : w.dp, pair_rows, x.q_right.row(slot),
-                                                   x.q_right.stride, 1, to.dk.data, to.dk.stride, t.cols, p.D, rows,
-                                                   edge});
+    accumulate<PAIRS, true, Trim::k_begin>(
+        first, {PAIRS ? w.s + TILE_STRIDE : w.dp, pair_rows, x.q_right.row(slot), x.q_right.stride, 1, to.dk.data,
+                to.dk.stride, t.cols, p.D, rows, edge});
   }
   if (r.want_query)
-    accumulate<PAIRS, false, Trim::k_end>(first_of_rows,
-                                          {w.dp, TILE_STRIDE, k.row(words_of<PAIRS>(j)), k.stride, 1,
-                                           to.dq.data + i * to.dq.stride, to.dq.stride, t.rows, p.D,
-                                           depth_of<PAIRS>(t.cols), edge});
+    accumulate<PAIRS, false, Trim::k_end>(
+        first_of_rows, {w.dp, TILE_STRIDE, k.row(words_of<PAIRS>(j)), k.stride, 1, to.dq.data + i * to.dq.stride,
+                        to.dq.stride, t.rows, p.D, depth_of<PAIRS>(t.cols), edge});
 }
 
 // Gradients of the keys [begin, end) of a key head that no query sees.
@@ -250,8 +257,7 @@ void backward_rectangle(const AttentionBackward& p, const Sequence& s, const Rec
     write_back(p, to.dk, p.dk, dk, cols, p.D);
     write_back(p, to.dv, p.dv, dv, cols, p.E);
   }
-  for (int64_t h = r.h_begin; r.want_query && h < r.h_end; ++h)
-    write_back(p, dq_of(h), p.dq, dq_result(h), rows, p.D);
+  for (int64_t h = r.h_begin; r.want_query && h < r.h_end; ++h) write_back(p, dq_of(h), p.dq, dq_result(h), rows, p.D);
 }
 
 void run(const AttentionBackward& p, const Sequence& s, const Rectangle& r) {

@@ -6,10 +6,12 @@ namespace {
 
 using torch::stable::new_empty;
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& attn_mask,
-    const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& prefix_lengths,
-    const std::optional<Tensor>& seed, double dropout_p, int64_t causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                     const std::optional<Tensor>& attn_mask,
+                                                     const std::optional<Tensor>& key_lengths,
+                                                     const std::optional<Tensor>& prefix_lengths,
+                                                     const std::optional<Tensor>& seed, double dropout_p,
+                                                     int64_t causal, double scale) {
   AttentionForward p{};
   static_cast<AttentionProblem&>(p) =
       make_problem(query, key, value, {attn_mask, key_lengths, prefix_lengths, seed, dropout_p, causal, scale});
@@ -40,10 +42,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   STD_TORCH_CHECK(!mask_gradient || (attn_mask && p.mask_dtype != Dtype::boolean),
                   "mask_gradient needs a floating attn_mask");
   const bool wanted = mask_gradient && attn_mask->numel() > 0;
-  Tensor dmask = mask_gradient ? new_empty(lse, {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)})
-                               : new_empty(lse, {0});
-  if (wanted)
-    p.dmask = {floats(dmask), attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)};
+  Tensor dmask = mask_gradient
+                     ? new_empty(lse, {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)})
+                     : new_empty(lse, {0});
+  if (wanted) p.dmask = {floats(dmask), attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)};
   run_backward(p);
   return {dq, dk, dv, dmask};
 }

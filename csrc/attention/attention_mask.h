@@ -109,8 +109,8 @@ bool has_garbage(const float* row, int64_t words) {
 
 // Zeroes the rows of packed keys and values that hold garbage and that no query of the heads [h, h_end) sees.
 template <bool PAIRS>
-void clean_unseen(const AttentionProblem& p, const Sequence& s, int64_t h, int64_t h_end, int64_t j_begin, int64_t j_end,
-                  float* k, float* v) {
+void clean_unseen(const AttentionProblem& p, const Sequence& s, int64_t h, int64_t h_end, int64_t j_begin,
+                  int64_t j_end, float* k, float* v) {
   const int64_t k_width = width_of<PAIRS>(p.D), v_width = width_of<PAIRS>(p.E);
   for (int64_t j = j_begin; j < j_end; ++j, k += k_width, v += v_width) {
     if (!has_garbage<PAIRS>(k, k_width) && !has_garbage<PAIRS>(v, v_width)) continue;

@@ -144,7 +144,8 @@ int64_t strips_per_head(const AttentionProblem& p, int64_t heads) {
 
 void check_shape(const Tensor& x, const char* name, ScalarType type, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(x.is_cpu(), name, " must be a CPU tensor");
-  STD_TORCH_CHECK(x.scalar_type() == type, name, " must have ", type == ScalarType::Float ? "float32" : "query's dtype");
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " must have ",
+                  type == ScalarType::Float ? "float32" : "query's dtype");
   const auto dims = static_cast<int64_t>(shape.size());
   STD_TORCH_CHECK(x.dim() == dims, name, " must have ", dims, " dimensions, got ", x.dim());
   int64_t dim = 0;
@@ -162,7 +163,9 @@ Result result(const Tensor& x) {
   return {static_cast<char*>(x.mutable_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-Result packed_result(const Tensor& x) { return {static_cast<char*>(x.mutable_data_ptr()), 0, x.stride(1), x.stride(0)}; }
+Result packed_result(const Tensor& x) {
+  return {static_cast<char*>(x.mutable_data_ptr()), 0, x.stride(1), x.stride(0)};
+}
 
 AttentionProblem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   AttentionProblem p{};
@@ -228,8 +231,8 @@ void run_backward(AttentionBackward& p) {
   }
   const MaskGradient& m = p.dmask;
   if (m.data)
-    run(Gradients::mask, m.batch * m.head * ((m.rows + QUERY_BLOCK - 1) / QUERY_BLOCK) *
-                             ((m.columns + KEY_BLOCK - 1) / KEY_BLOCK));
+    run(Gradients::mask,
+        m.batch * m.head * ((m.rows + QUERY_BLOCK - 1) / QUERY_BLOCK) * ((m.columns + KEY_BLOCK - 1) / KEY_BLOCK));
 }
 
 }  // namespace nlpfast

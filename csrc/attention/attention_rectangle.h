@@ -19,8 +19,8 @@ struct Rectangle {
 
 template <bool PAIRS>
 struct Workspace {
-  int64_t q_width, v_width;      // words of packed rows
-  int64_t dq_width, dv_width;    // floats of rows of gradients, and words of interleaved pairs
+  int64_t q_width, v_width;    // words of packed rows
+  int64_t dq_width, dv_width;  // floats of rows of gradients, and words of interleaved pairs
   float *k, *v, *kt, *vt, *q, *grad, *lse, *lse_low, *delta, *s, *dp, *dq, *dk, *dv;
   float *k_pairs = nullptr, *q_pairs = nullptr, *grad_pairs = nullptr;
 
@@ -135,7 +135,7 @@ Target target(const AttentionProblem& p, const Result& x, char* result, float* s
 }
 
 inline void write_back(const AttentionProblem& p, const Target& from, const Result& x, char* result, int64_t rows,
-                int64_t columns) {
+                       int64_t columns) {
   if (reinterpret_cast<char*>(from.data) == result) return;
   with_element(p.dtype, [&](auto element) {
     auto* to = reinterpret_cast<decltype(element)*>(result);

@@ -45,8 +45,8 @@ inline int64_t lse_index(const AttentionProblem& p, const Sequence& s, int64_t h
 
 inline int64_t query_blocks(int64_t rows) { return (rows + QUERY_BLOCK - 1) / QUERY_BLOCK; }
 
-// A tile of scores: rows i0.., columns j0.. of head bh = b * H + h. Element (i, j) is visible iff j < limit(i), unless a
-// mask hides it.
+// A tile of scores: rows i0.., columns j0.. of head bh = b * H + h. Element (i, j) is visible iff j < limit(i), unless
+// a mask hides it.
 struct Tile {
   int64_t i0, j0, rows, cols;
   int64_t edge;    // row i of the tile sees j <= i + edge
@@ -67,7 +67,12 @@ struct Tile {
 
 inline Tile make_tile(const AttentionProblem& p, const Sequence& s, int64_t h, int64_t i0, int64_t j0, int64_t keys) {
   const int64_t rows = std::min(QUERY_BLOCK, s.L - i0), cols = std::min(KEY_BLOCK, keys - j0);
-  return {i0,   j0, rows, cols, i0 + s.diagonal - j0, std::max<int64_t>(0, s.prefix - j0),
+  return {i0,
+          j0,
+          rows,
+          cols,
+          i0 + s.diagonal - j0,
+          std::max<int64_t>(0, s.prefix - j0),
           static_cast<uint32_t>(s.b * p.H + h)};
 }
 

@@ -14,9 +14,12 @@ from nlpfast.cli import bench, main
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     measure, attention = bench.benchmark_module("measure"), bench.benchmark_module("bench_attention")
     monkeypatch.setattr(measure, "SECONDS_PER_STEP", {"quick": 0.0, "full": 0.0})
-    monkeypatch.setattr(measure, "machine_rates", lambda device: {"gemm_gflops": 100.0, "copy_gbytes": 10.0})
-    monkeypatch.setattr(attention, "CASES", (attention.Case((1, 2, 9, 9, 4), goal=1e9),))
+    rates = {"gemm_gflops": 100.0, "gemm_16_gflops": 200.0, "copy_gbytes": 10.0}
+    monkeypatch.setattr(measure, "machine_rates", lambda device: rates)
+    monkeypatch.setattr(attention, "CASES", (attention.Case((1, 2, 9, 9, 4), goal=1e9, quick=True),))
     monkeypatch.setattr(attention, "PEERS", ("sdpa",))
+    varlen = bench.benchmark_module("bench_varlen_attention")
+    monkeypatch.setattr(varlen, "CASES", (varlen.Case((2, 2, 9, 4), goal=1e9),))
 
 
 @pytest.mark.parametrize("argv", [["bench"], ["bench", "attention", "--quick"], ["bench", "--threads", "1"]])
@@ -95,5 +98,5 @@ def test_installation_without_benchmarks(
 
 
 def test_every_op_can_be_measured() -> None:
-    assert bench.ops() == ["attention"]
+    assert bench.ops() == ["attention", "varlen_attention"]
     assert [bench.benchmark_module(f"bench_{op}").OP for op in bench.ops()] == bench.ops()

@@ -34,12 +34,16 @@ def _print_number_of_cases(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @st.composite
-def calls(draw: st.DrawFn, masks: bool) -> dict:
-    """Shapes, masks, magnitudes, dropout and seed of one call; the tensors follow from them."""
+def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> dict:
+    """Shapes, dtype, masks, magnitudes, dropout and seed of one call; the tensors follow from them."""
     length = st.one_of(st.integers(0, 9), st.sampled_from([15, 16, 17, 31, 33]))
     width = st.one_of(st.integers(1, 9), st.sampled_from([16, 31, 32, 33, 64]))
     Hk = draw(st.integers(1, 2))
+    dtype = draw(st.sampled_from(dtypes))
+    # The products of larger or smaller numbers leave the range of float16.
+    exponent = st.integers(-1, 1) if dtype == torch.float16 else st.integers(-4, 4)
     return {
+        "dtype": dtype,
         "B": draw(st.integers(0, 2)),
         "H": Hk * draw(st.integers(1, 2)),
         "Hk": Hk,
@@ -47,13 +51,13 @@ def calls(draw: st.DrawFn, masks: bool) -> dict:
         "S": draw(length),
         "D": draw(width),
         "Dv": draw(width),
-        "magnitude": 10.0 ** draw(st.integers(-4, 4)),
-        "value_magnitude": 10.0 ** draw(st.integers(-4, 4)),
+        "magnitude": 10.0 ** draw(exponent),
+        "value_magnitude": 10.0 ** draw(exponent),
         "causal": draw(st.sampled_from(CAUSAL)),
-        "mask": draw(st.sampled_from(["none", "none", "bool", "float", "infinite"] if masks else ["none"])),
+        "mask": draw(st.sampled_from(["none", "none", "bool", "float", "infinite"])),
         "mask_dims": draw(st.tuples(*[st.booleans()] * 4)),
         "lengths": draw(st.booleans()),
-        "prefix": masks and draw(st.booleans()),
+        "prefix": draw(st.booleans()),
         "dropout_p": draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0])),
         "scale": draw(st.sampled_from([None, "unit", "unit", 0.5, -1.0])),
         "seed": draw(st.integers(-(2**63), 2**63 - 1)),
@@ -67,7 +71,9 @@ def arguments(call: dict) -> tuple[tuple[Tensor, ...], dict, float | None]:
     generator = torch.Generator().manual_seed(seed)
     tensors = make_inputs(B, H, L, S, call["D"], Hk=call["Hk"], Dv=call["Dv"], seed=seed)
     sizes = (call["magnitude"], call["magnitude"], call["value_magnitude"])
-    tensors = tuple((x * size).requires_grad_() for x, size in zip(tensors, sizes, strict=True))
+    tensors = tuple(
+        (x * size).to(call["dtype"]).requires_grad_() for x, size in zip(tensors, sizes, strict=True)
+    )
     shape = [1 if one else n for one, n in zip(call["mask_dims"], (B, H, L, S), strict=True)]
     bits, added = torch.rand(shape, generator=generator) < 0.7, torch.randn(shape, generator=generator)
     masks: dict = {}
@@ -96,7 +102,7 @@ def check(backend: str, call: dict) -> None:
             attention(*tensors, **masks, **named)
         CASES[f"{backend}, refused"] += 1
         return
-    CASES[f"{backend}, compared"] += 1
+    CASES[f"{backend}, {call['dtype']}"] += 1
     mask = masks.get("attn_mask")
     inputs = [*tensors, *([mask] if mask is not None and mask.is_floating_point() else [])]
     allowed = allowed_keys(shape, causal=causal, **masks)
@@ -112,7 +118,7 @@ def check(backend: str, call: dict) -> None:
     assert torch.equal(lse.isneginf(), ~some) and torch.equal(lse.isfinite(), some), (
         "lse is -inf in empty rows alone"
     )
-    grad, grad_lse = torch.randn(out.shape), torch.randn(lse.shape)
+    grad, grad_lse = torch.randn(out.shape).to(out.dtype), torch.randn(lse.shape)
     actual = torch.autograd.grad([out, lse[some]], inputs, [grad, grad_lse[some]])
     wanted = torch.autograd.grad([exact, exact_lse[some]], doubles, [grad.double(), grad_lse[some].double()])
     sizes = rounding_sizes(*tensors, grad, grad_lse, mask, allowed=allowed, scale=scale, **dropped)
@@ -122,13 +128,15 @@ def check(backend: str, call: dict) -> None:
     for name, a, e in zip(NAMES, (out, lse, *actual), (exact, exact_lse, *wanted), strict=False):
         assert a.shape == e.shape and not a.isnan().any() and (name == "lse" or a.isfinite().all()), name
         if known or name == "lse":
-            close(name, a.detach(), e.detach(), sizes[name].sum_to_size(e.shape))
+            eps = EPS if name == "lse" else torch.finfo(call["dtype"]).eps
+            close(name, a.detach(), e.detach(), sizes[name].sum_to_size(e.shape), eps)
 
 
-def close(name: str, actual: Tensor, exact: Tensor, size: Tensor) -> None:
+def close(name: str, actual: Tensor, exact: Tensor, size: Tensor, eps: float) -> None:
     """Assert that the error is that of a few roundings; weights below 1e-38 are 0 in float32."""
     error = (actual.double() - exact).masked_fill(actual.double() == exact, 0.0).abs()
-    bound = ROUNDINGS * EPS * size + 1e-28
+    smallest = torch.finfo(actual.dtype).smallest_normal if actual.dtype == torch.float16 else 1e-28
+    bound = ROUNDINGS * eps * size + smallest
     assert (error <= bound).all(), f"{name}: {(error / bound).max():.3g} times what is allowed"
 
 
@@ -136,7 +144,7 @@ SEARCH = settings(max_examples=max(EXAMPLES, settings().max_examples))
 
 
 @SEARCH
-@given(call=calls(masks=True))
+@given(call=calls((torch.float32,)))
 def test_any_call(call: dict) -> None:
     for backend, module in dispatch.registry[OP].items():
         if not isinstance(module, str):
@@ -144,8 +152,8 @@ def test_any_call(call: dict) -> None:
 
 
 @SEARCH
-@given(call=calls(masks=False))
-def test_any_call_without_attn_mask_and_prefix(call: dict) -> None:
+@given(call=calls((torch.bfloat16, torch.float16)))
+def test_any_call_in_16_bits(call: dict) -> None:
     for backend, module in dispatch.registry[OP].items():
         if backend != "reference" and not isinstance(module, str):
             check(backend, call)

@@ -1,4 +1,4 @@
-"""Attention as a citizen of PyTorch: compile, autocast, checkpointing, threads, layouts, memory, errors."""
+"""Attention as a citizen of PyTorch: compile, autocast, checkpointing, threads, layouts, memory."""
 
 import threading
 
@@ -20,7 +20,9 @@ VARIANTS = {
     "bottom_right": {"is_causal": True, "causal_align": "bottom_right", "key_lengths": LENGTHS},
     "dropout": {"dropout_p": 0.3, "seed": 11, "is_causal": True},
     "lse": {"return_lse": True, "key_lengths": LENGTHS},
+    "prefix": {"is_causal": True, "prefix_lengths": LENGTHS},
 }
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run(function, tensors, upstream: Tensor | None = None, **kwargs) -> list[Tensor]:
@@ -28,7 +30,8 @@ def run(function, tensors, upstream: Tensor | None = None, **kwargs) -> list[Ten
     outputs = function(*tensors, **kwargs)
     out, lse = outputs if isinstance(outputs, tuple) else (outputs, None)
     if upstream is None:
-        upstream = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+        # In float32: linspace of more elements than float16 can count is NaN.
+        upstream = torch.linspace(-1, 2, out.numel()).to(out.dtype).view(out.shape)
     tops, grads = (
         ([out], [upstream]) if lse is None else ([out, lse], [upstream, torch.linspace(0, 1, lse.numel())])
     )
@@ -133,8 +136,9 @@ def test_checkpointing(backend: str, reentrant: bool, dropout_p: float) -> None:
     assert_equal(gradients(recomputed), gradients(call))
 
 
-def test_same_bits_250_times(backend: str) -> None:
-    tensors = inputs(65, 70)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_250_times(backend: str, dtype: torch.dtype) -> None:
+    tensors = inputs(65, 70, dtype=dtype)
     expected = run(attention, tensors, dropout_p=0.2, seed=1, is_causal=True, backend=backend)
     for _ in range(250):
         assert_equal(
@@ -142,10 +146,11 @@ def test_same_bits_250_times(backend: str) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["causal", "dropout"])
 @pytest.mark.parametrize(("B", "H", "L"), [(1, 1, 300), (3, 5, 129), (16, 8, 33)])
-def test_thread_counts_agree(backend: str, variant: str, B: int, H: int, L: int) -> None:
-    tensors = make_inputs(B, H, L, L, 32, requires_grad=True)
+def test_thread_counts_agree(backend: str, variant: str, B: int, H: int, L: int, dtype: torch.dtype) -> None:
+    tensors = make_inputs(B, H, L, L, 32, dtype=dtype, requires_grad=True)
     before = torch.get_num_threads()
     results = []
     try:
@@ -178,12 +183,15 @@ def test_sixteen_threads_equal_serial_calls(backend: str) -> None:
         assert_equal(a, e)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", list(layouts(torch.zeros(1, 1, 1, 1))))
 @pytest.mark.parametrize(("L", "S", "D"), [(1, 1, 1), (33, 65, 40), (17, 1, 33), (65, 33, 64)])
 @pytest.mark.parametrize("variant", ["plain", "causal", "dropout"])
-def test_layouts_give_the_same_bits(backend: str, layout: str, L: int, S: int, D: int, variant: str) -> None:
-    query, key, value = make_inputs(2, 3, L, S, D)
-    upstream = torch.randn(2, 3, L, D)
+def test_layouts_give_the_same_bits(
+    backend: str, layout: str, L: int, S: int, D: int, variant: str, dtype: torch.dtype
+) -> None:
+    query, key, value = make_inputs(2, 3, L, S, D, dtype=dtype)
+    upstream = torch.randn(2, 3, L, D).to(dtype)
     expected = run(
         attention,
         [x.requires_grad_() for x in (query, key, value)],
@@ -211,11 +219,28 @@ def test_expanded_inputs_and_upstream(backend: str, S: int) -> None:
     assert_equal(run(expanded, (query, key, value), upstream), expected)
 
 
-@pytest.mark.parametrize("variant", ["bottom_right", "dropout"])
-def test_memory(backend: str, variant: str) -> None:
+@pytest.mark.parametrize("layout", list(layouts(torch.zeros(1, 1, 1, 1))))
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.bfloat16], ids=str)
+def test_layouts_of_a_mask_give_the_same_bits(backend: str, layout: str, kind: torch.dtype) -> None:
+    tensors = inputs(33, 65, dtype=torch.bfloat16)
+    mask = torch.randn(2, 4, 33, 65) if kind != torch.bool else torch.rand(2, 4, 33, 65) < 0.7
+    laid = layouts(torch.where(mask, 1.0, 0.0))[layout] != 0 if kind == torch.bool else None
+    if kind == torch.bool:
+        # Comparing keeps dense strides only; cut the others out again.
+        laid = torch.nn.functional.pad(mask, (1, 2))[..., 1:-2] if layout == "sliced" else laid
+    else:
+        mask = mask.to(kind)
+        laid = layouts(mask)[layout]
+    expected = run(attention, tensors, attn_mask=mask, backend=backend)
+    assert_equal(run(attention, tensors, attn_mask=laid, backend=backend), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["bottom_right", "dropout", "prefix"])
+def test_memory(backend: str, variant: str, dtype: torch.dtype) -> None:
     """Inputs unchanged, margins intact, and nothing read from memory that was never written."""
-    plain = inputs(31, 33, 24)
-    upstream = torch.randn(2, 4, 31, 24)
+    plain = inputs(31, 33, 24, dtype=dtype)
+    upstream = torch.randn(2, 4, 31, 24).to(dtype)
     expected = run(attention, plain, upstream, **VARIANTS[variant], backend=backend)
     surrounded = [between_canaries(x) for x in (*plain, upstream)]
     *tensors, grad = (x for x, _ in surrounded)
@@ -260,87 +285,3 @@ def test_nothing_is_saved_without_a_gradient(backend: str) -> None:
     assert attention(*make_inputs(1, 1, 2, 3, 4), backend=backend).grad_fn is None
     with torch.inference_mode():
         assert attention(*make_inputs(1, 1, 2, 3, 4), backend=backend).shape == (1, 1, 2, 4)
-
-
-X = torch.zeros(2, 4, 3, 8)
-K = torch.zeros(2, 4, 5, 8)
-IDS = torch.zeros(2, dtype=torch.int64)
-MISTAKES = {
-    "query_3d": (
-        ValueError,
-        r"query has the shape \[4, 3, 8\]",
-        (X[0], K, K),
-        {},
-    ),
-    "dtype": (TypeError, "value has the dtype torch.float64", (X, K, K.double()), {}),
-    "integers": (TypeError, "query has the dtype torch.int64", (X.long(), K.long(), K.long()), {}),
-    "device": (ValueError, "key is on meta", (X, K.to("meta"), K), {}),
-    "batch": (ValueError, r"key has the shape \[1, 4, 5, 8\]", (X, K[:1], K), {}),
-    "head_size": (ValueError, r"key has the shape \[2, 4, 5, 7\]", (X, K[..., 1:], K), {}),
-    "head_size_0": (ValueError, "query has the head size 0", (X[..., :0], K[..., :0], K), {}),
-    "value_head_size_0": (ValueError, "value has the head size 0", (X, K, K[..., :0]), {}),
-    "value_length": (ValueError, r"value has the shape \[2, 4, 4, 8\]", (X, K, K[:, :, 1:]), {}),
-    "value_heads": (ValueError, r"value has the shape \[2, 2, 5, 8\]", (X, K, K[:, :2]), {}),
-    "heads": (ValueError, "pass enable_gqa=True", (X, K[:, :2], K[:, :2]), {}),
-    "heads_do_not_divide": (ValueError, "multiple of key's 3", (X, K[:, :3], K[:, :3]), {"enable_gqa": True}),
-    "no_key_heads": (ValueError, "multiple of key's 0", (X, K[:, :0], K[:, :0]), {"enable_gqa": True}),
-    "mask_shape": (
-        ValueError,
-        r"attn_mask has the shape \[3, 4\]",
-        (X, K, K),
-        {"attn_mask": torch.zeros(3, 4)},
-    ),
-    "mask_5d": (ValueError, "attn_mask has the shape", (X, K, K), {"attn_mask": torch.zeros(1, 1, 1, 3, 5)}),
-    "mask_dtype": (TypeError, "attn_mask has the dtype torch.int64", (X, K, K), {"attn_mask": IDS}),
-    "mask_device": (
-        ValueError,
-        "attn_mask is on meta",
-        (X, K, K),
-        {"attn_mask": torch.zeros(3, 5, device="meta")},
-    ),
-    "lengths_dtype": (
-        TypeError,
-        "key_lengths has the dtype torch.int32",
-        (X, K, K),
-        {"key_lengths": IDS.int()},
-    ),
-    "lengths_shape": (
-        ValueError,
-        r"key_lengths has the shape \[3\]",
-        (X, K, K),
-        {"key_lengths": LENGTHS[[0, 1, 1]]},
-    ),
-    "lengths_device": (ValueError, "key_lengths is on meta", (X, K, K), {"key_lengths": IDS.to("meta")}),
-    "prefix_without_causal": (ValueError, "set is_causal=True", (X, K, K), {"prefix_lengths": IDS}),
-    "align": (ValueError, "causal_align is 'left'", (X, K, K), {"causal_align": "left"}),
-    "dropout": (ValueError, "dropout_p is 1.5", (X, K, K), {"dropout_p": 1.5}),
-    "dropout_nan": (ValueError, "dropout_p is nan", (X, K, K), {"dropout_p": float("nan")}),
-    "seed": (ValueError, "seed is 9223372036854775808", (X, K, K), {"dropout_p": 0.1, "seed": 2**63}),
-    "seed_dtype": (TypeError, "seed has the dtype", (X, K, K), {"dropout_p": 0.1, "seed": IDS.int()}),
-    "seed_shape": (ValueError, "seed has the shape", (X, K, K), {"dropout_p": 0.1, "seed": IDS[[0, 1, 1]]}),
-    "seed_device": (ValueError, "seed is on meta", (X, K, K), {"dropout_p": 0.1, "seed": IDS.to("meta")}),
-    "backend": (ValueError, "attention has no such backend", (X, K, K), {"backend": "abacus"}),
-}
-
-
-@pytest.mark.parametrize("mistake", list(MISTAKES))
-def test_mistakes_are_named_in_one_line(mistake: str) -> None:
-    kind, message, tensors, kwargs = MISTAKES[mistake]
-    with pytest.raises(kind, match=message) as caught:
-        attention(*tensors, **kwargs)
-    # What was seen, the rule, and the fix after a colon.
-    assert "\n" not in str(caught.value) and ": " in str(caught.value)
-
-
-@pytest.mark.parametrize("bad", [-1, 6])
-@pytest.mark.parametrize("name", ["key_lengths", "prefix_lengths"])
-def test_lengths_out_of_range(backend: str, name: str, bad: int) -> None:
-    with pytest.raises((ValueError, RuntimeError), match=name):
-        attention(X, K, K, is_causal=True, **{name: torch.tensor([5, bad])}, backend=backend)
-
-
-def test_lengths_out_of_range_are_clamped_where_values_are_not_looked_at() -> None:
-    tensors = make_inputs(2, 4, 3, 5, 8)
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    actual = compiled(*tensors, key_lengths=torch.tensor([-3, 99]), backend="reference")
-    torch.testing.assert_close(actual, attention(*tensors, key_lengths=torch.tensor([0, 5])))

@@ -226,16 +226,9 @@ def _fit(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
 
 def _misfit(query: Tensor, key: Tensor, value: Tensor) -> Exception:
     """Build the error for inputs that do not fit."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4:
-            return ValueError(f"{name} has the shape {_shape(x)}; it must be [B, H, length, D]: view it so")
-        if x.dtype != query.dtype or x.dtype not in _FLOATING:
-            rule = "query, key and value must share float32, bfloat16, float16 or float64"
-            return TypeError(f"{name} has the dtype {x.dtype}; {rule}: convert it")
-        if x.device != query.device:
-            return _elsewhere(name, x, query)
-        if x.shape[3] == 0:
-            return ValueError(f"{name} has the head size 0; it must be at least 1: widen the last dimension")
+    alone = _misfit_alone(query, key, value, "[B, H, length, D]")
+    if alone is not None:
+        return alone
     B, H, _, D = query.shape
     Hk, S = key.shape[1:3]
     if key.shape[0] != B or key.shape[3] != D:
@@ -244,6 +237,26 @@ def _misfit(query: Tensor, key: Tensor, value: Tensor) -> Exception:
     if value.shape[:3] != key.shape[:3]:
         rule = f"it must be {[B, Hk, S]} and Dv, as key's {_shape(key)}"
         return ValueError(f"value has the shape {_shape(value)}; {rule}: expand it or cut it")
+    return _misfit_of_heads(H, Hk)
+
+
+def _misfit_alone(query: Tensor, key: Tensor, value: Tensor, layout: str) -> Exception | None:
+    """Build the error for an input that fits no other, or return None."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != layout.count(",") + 1:
+            return ValueError(f"{name} has the shape {_shape(x)}; it must be {layout}: view it so")
+        if x.dtype != query.dtype or x.dtype not in _FLOATING:
+            rule = "query, key and value must share float32, bfloat16, float16 or float64"
+            return TypeError(f"{name} has the dtype {x.dtype}; {rule}: convert it")
+        if x.device != query.device:
+            return _elsewhere(name, x, query)
+        if x.shape[-1] == 0:
+            return ValueError(f"{name} has the head size 0; it must be at least 1: widen the last dimension")
+    return None
+
+
+def _misfit_of_heads(H: int, Hk: int) -> ValueError:
+    """Build the error for numbers of heads that do not fit."""
     if Hk > 0 and H % Hk == 0:
         return ValueError(
             f"key has {Hk} heads and query has {H}; they must be equal: pass enable_gqa=True to share"

@@ -1,0 +1,223 @@
+"""Attention on packed sequences, forward and backward, against attention on the same batch with padding.
+
+That is what people do today: PyTorch's `varlen_attn` has no kernel for the CPU. The peers are given the
+padded batch and its mask; the time to pad and to unpad is not counted. Sizes are (B, H, L, D): sequences,
+heads, the longest sequence, head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import nlpfast
+from nlpfast import dispatch, testing
+from nlpfast.ops.varlen_attention import reference
+
+from .measure import Settings, Step
+
+OP = "varlen_attention"
+OURS = "nlpfast"
+# The strongest rival of PyTorch's first: the quick run has time for one.
+PEERS = ("sdpa", "nlpfast.attention", "eager")
+SEED = 20_170_612
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size.
+
+    Attributes:
+        shape: (B, H, L, D).
+        fill: the share of the padded batch that is real; sequences have 2 * fill - 1 .. 1 of L.
+        dtype: of inputs and outputs.
+        goal: how many times faster than the first peer ours must be, None for sizes that are for information.
+        best_goal: how many times faster than the fastest of the peers.
+        quick: also part of the quick run.
+    """
+
+    shape: tuple[int, int, int, int]
+    fill: float = 0.75
+    dtype: torch.dtype = torch.float32
+    goal: float | None = None
+    best_goal: float | None = None
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """The size and what is special about it, in one line."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{str(self.shape).replace(' ', '')} {dtype} {self.fill:.0%} real"
+
+
+CASES = (
+    Case((32, 12, 128, 64), goal=1.3, quick=True),
+    Case((32, 12, 128, 64), dtype=torch.bfloat16, goal=1.3),
+)
+
+
+def describe(case: Case) -> dict[str, object]:
+    """Return the case as plain data."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {"name": case.name, **asdict(case), "shape": list(case.shape), "dtype": dtype}
+
+
+def flops(case: Case) -> float:
+    """Return the operations of a step: 2 products forward, 5 backward, 2*D for each visible pair."""
+    _, H, _, D = case.shape
+    return 7 * 2 * sum(length * length for length in _lengths(case)) * D * H
+
+
+def unavailable(implementation: str) -> str | None:
+    """Return None: every implementation runs wherever PyTorch does."""
+    return None
+
+
+def chosen(case: Case, settings: Settings) -> str:
+    """Return the name of the backend that serves ours."""
+    inputs, _ = _inputs(case, settings.device)
+    cu_seq = _cumulative(case, settings.device)
+    device_type = torch.device(settings.device).type
+    module = dispatch.choose(OP, device_type, settings.backend, (*inputs, cu_seq, cu_seq))
+    return module.__name__.rpartition(".")[2]
+
+
+def prepare(case: Case, implementation: str, settings: Settings) -> Step:
+    """Return one forward and backward pass of an implementation as a callable of no arguments."""
+    inputs, grad_out = _layout(case, implementation, settings.device)
+    attend = _function(case, implementation, settings)
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(*inputs), inputs, grad_out)
+
+    return step
+
+
+def errors(case: Case, implementations: Sequence[str], settings: Settings) -> dict[str, dict[str, float]]:
+    """Compare outputs and gradients with the float64 definition on the same inputs; ours in poisoned memory.
+
+    Returns:
+        Implementation to tensor (out, dq, dk, dv) to the largest absolute error.
+
+    Raises:
+        RuntimeError: an error of ours is over four times that of the definition in the case's own dtype.
+    """
+    exact = _definition(case, settings.device, torch.float64)
+    baseline = _distance(_definition(case, settings.device, case.dtype), exact)
+    found = {}
+    for name in implementations:
+        inputs, grad_out = _layout(case, name, settings.device)
+        with testing.poison() if name == OURS else contextlib.nullcontext():
+            out = _function(case, name, settings)(*inputs)
+            results = [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
+        if name != OURS:
+            results = [_unpad(case, x) for x in results]
+        found[name] = _distance(results, exact)
+    for tensor, error in found[OURS].items():
+        limit = 4 * baseline[tensor] + 1e-7
+        # a NaN is not within any limit
+        if not error <= limit:
+            raise RuntimeError(
+                f"{OP} {case.name}: {tensor} has error {error:.2e}, more than {limit:.2e}: fix the kernel"
+            )
+    return found
+
+
+def test_varlen_attention(benchmark: Callable[[Step], object], case: Case, implementation: str) -> None:
+    """Time one implementation alone, for `pytest benchmarks --benchmark-only`."""
+    benchmark(prepare(case, implementation, Settings()))
+
+
+def _lengths(case: Case) -> list[int]:
+    """Return the lengths of the sequences, in an order without a rule."""
+    B, _, L, _ = case.shape
+    lengths = torch.linspace((2 * case.fill - 1) * L, L, B).round().long()
+    return lengths[torch.randperm(B, generator=torch.Generator().manual_seed(SEED))].tolist()
+
+
+def _cumulative(case: Case, device: str) -> Tensor:
+    return torch.tensor([0, *_lengths(case)], device=device).cumsum(0)
+
+
+def _inputs(case: Case, device: str) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return packed query, key, value and the upstream gradient, [total, H, D]; the same at every call."""
+    _, H, _, D = case.shape
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = torch.randn(4, sum(_lengths(case)), H, D, generator=generator)
+    query, key, value, grad_out = drawn.to(device, case.dtype)
+    return (query, key, value), grad_out
+
+
+def _layout(case: Case, implementation: str, device: str) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the inputs, which want gradients, and the upstream gradient as an implementation wants them.
+
+    The padded ones are contiguous [B, H, L, D], which suits the peers best.
+    """
+    inputs, grad_out = _inputs(case, device)
+    if implementation != OURS:
+        inputs, grad_out = tuple(_pad(case, x) for x in inputs), _pad(case, grad_out)
+    return tuple(x.clone().requires_grad_() for x in inputs), grad_out
+
+
+def _pad(case: Case, x: Tensor) -> Tensor:
+    """Return [total, H, D] as [B, H, L, D] with zeros as padding."""
+    B, H, L, D = case.shape
+    padded = x.new_zeros(B, H, L, D)
+    for b, part in enumerate(x.split(_lengths(case))):
+        padded[b, :, : len(part)] = part.transpose(0, 1)
+    return padded
+
+
+def _unpad(case: Case, x: Tensor) -> Tensor:
+    """Return [B, H, L, D] as [total, H, D]."""
+    return torch.cat([x[b, :, :length].transpose(0, 1) for b, length in enumerate(_lengths(case))])
+
+
+def _function(case: Case, implementation: str, settings: Settings) -> Callable[..., Tensor]:
+    """Return a function of query, key and value in the implementation's layout."""
+    L, device = case.shape[2], settings.device
+    if implementation == OURS:
+        cu_seq = _cumulative(case, device)
+        return lambda q, k, v: nlpfast.varlen_attention(
+            q, k, v, cu_seq, cu_seq, L, L, backend=settings.backend
+        )
+    lengths = torch.tensor(_lengths(case), device=device)
+    if implementation == "nlpfast.attention":
+        return lambda q, k, v: nlpfast.attention(q, k, v, key_lengths=lengths, backend=settings.backend)
+    real = torch.arange(L, device=device) < lengths.view(-1, 1, 1, 1)
+    if implementation == "sdpa":
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, real)
+    factor, hidden = case.shape[3] ** -0.5, ~real
+
+    def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = (query @ key.mT * factor).masked_fill(hidden, -math.inf)
+        return torch.softmax(scores, dim=-1) @ value
+
+    return eager
+
+
+# Kept, because a run with another number of threads asks again.
+@functools.cache
+def _definition(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return out, dq, dk, dv of the definition, computed in `dtype`."""
+    inputs, grad_out = _inputs(case, device)
+    query, key, value, grad_out = (x.to(dtype) for x in (*inputs, grad_out))
+    _, _, L, D = case.shape
+    cu_seq = _cumulative(case, device)
+    rest = (cu_seq, cu_seq, L, L, None, 0.0, "none", D**-0.5)
+    saved = reference.forward(query, key, value, *rest)
+    return saved[0], *reference.backward(grad_out, None, query, key, value, *saved, *rest)
+
+
+def _distance(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:
+    """Return the largest absolute error of each tensor; a NaN anywhere gives NaN, which no limit allows."""
+    names = ("out", "dq", "dk", "dv")
+    pairs = zip(names, actual, exact, strict=True)
+    return {name: (x.double() - y.double()).abs().max().item() for name, x, y in pairs}
