@@ -21,9 +21,12 @@ enum class CpuCapability { baseline, avx2, avx512, avx512_bf16, avx512_amx };
 
 namespace detail {
 
-// AMX with bf16, and the kernel's permission to keep tile registers (asked for once per process).
+// AMX with bf16, and the kernel's permission to keep tile registers (asked for once per process). A library that
+// computes the tiles in software needs neither.
 inline bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(NLPFAST_EMULATE_AMX)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool bf16 = d >> 22 & 1, tile = d >> 24 & 1;

@@ -6,12 +6,14 @@
 //
 // With PAIRS the elements of A and B are pairs of bfloat16, two consecutive k in a word of 32 bits (see float16.h): A's
 // rows as they lie in memory, B's rows two by two interleaved. k, lda and ldb then count words. C is always float.
+// Where there are AMX tiles, these products run on them (see gemm_amx.h).
 //
 // Triangular work is trimmed: with `edge` e, element (row i, column j) of the attention tile is visible iff j <= i + e.
 #pragma once
 
 #include <algorithm>
 
+#include "amx.h"
 #include "float16.h"
 
 namespace nlpfast::NLPFAST_ISA {
@@ -28,12 +30,6 @@ constexpr int BLOCK_ROWS = 4;
 #endif
 constexpr int PANEL = PANEL_VECTORS * LANES;
 
-// Whether products of pairs run on AMX tiles.
-#if defined(__AMX_BF16__)
-constexpr bool TILES = true;
-#else
-constexpr bool TILES = false;
-#endif
 // The inner dimension of a product of pairs is padded with zeros to a multiple of so many words.
 constexpr int64_t INNER_GRAIN = TILES ? 16 : 1;
 
@@ -121,12 +117,20 @@ inline void panel(const Product& p, int64_t column, int64_t first) {
   if constexpr (ROWS > 1) panel<PAIRS, (ROWS > 4 ? 4 : ROWS / 2), VECTORS, TRANSPOSED, ADD, TRIM>(p, column, first);
 }
 
+// In gemm_amx.h.
+template <bool TRANSPOSED, bool ADD, Trim TRIM>
+void multiply_tiles(const Product& p);
+
 // Columns are computed in whole registers: C and B hold round_up(n, LANES) of them.
 template <bool PAIRS, bool TRANSPOSED, bool ADD, Trim TRIM, int VECTORS = PANEL_VECTORS>
 void multiply(const Product& p, int64_t column = 0) {
-  for (; column + (VECTORS - 1) * LANES < p.n; column += VECTORS * LANES)
-    panel<PAIRS, block_rows(VECTORS), VECTORS, TRANSPOSED, ADD, TRIM>(p, column, 0);
-  if constexpr (VECTORS > 1) multiply<PAIRS, TRANSPOSED, ADD, TRIM, VECTORS - 1>(p, column);
+  if constexpr (PAIRS && TILES) {
+    multiply_tiles<TRANSPOSED, ADD, TRIM>(p);
+  } else {
+    for (; column + (VECTORS - 1) * LANES < p.n; column += VECTORS * LANES)
+      panel<PAIRS, block_rows(VECTORS), VECTORS, TRANSPOSED, ADD, TRIM>(p, column, 0);
+    if constexpr (VECTORS > 1) multiply<PAIRS, TRANSPOSED, ADD, TRIM, VECTORS - 1>(p, column);
+  }
 }
 
 // C = A B the first time, C += A B later.
@@ -139,3 +143,5 @@ void accumulate(bool first, const Product& p) {
 }
 
 }  // namespace nlpfast::NLPFAST_ISA
+
+#include "gemm_amx.h"

@@ -289,6 +289,7 @@ void mask_unit(const AttentionBackward& p, int64_t unit) {
 }  // namespace
 
 void backward(const AttentionBackward& p, Gradients wanted, int64_t begin, int64_t end) {
+  const TileConfiguration tiles(p.dtype == Dtype::bfloat16);
   const int64_t key_blocks = (p.S + KEY_BLOCK - 1) / KEY_BLOCK, key_heads = p.H / p.G;
   for (int64_t unit = begin; unit < end; ++unit) {
     if (wanted == Gradients::mask) {

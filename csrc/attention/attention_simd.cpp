@@ -177,6 +177,7 @@ void forward_strip(const AttentionForward& p, const Sequence& s, int64_t h, int6
 }
 
 void forward(const AttentionForward& p, int64_t begin, int64_t end) {
+  const TileConfiguration tiles(p.dtype == Dtype::bfloat16);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t head = unit / p.strips, strip = folded(unit % p.strips, p.strips);
     const Sequence s = sequence_of(p, head / p.H);

@@ -10,6 +10,7 @@ constexpr int64_t NO_EDGE = int64_t{1} << 48;
 // Row stride of a tile: the odd register keeps a column of the tile from falling into a single cache set.
 constexpr int64_t TILE_STRIDE = KEY_BLOCK + LANES;
 constexpr int64_t TILE = QUERY_BLOCK * TILE_STRIDE;
+static_assert(!TILES || QUERY_BLOCK / 2 <= STRIP_DEPTH, "the backward multiplies by transposed tiles of pairs");
 
 // Groups of eight rows share loops and keep their statistics in registers. Rows of a last group that are not there are
 // computed with the others, from whatever the scratch memory holds, and not looked at.
