@@ -34,7 +34,7 @@ Result = dict[str, Any]
 WARMUP_ROUNDS = 3
 MIN_ROUNDS = 5
 MAX_ROUNDS = 2000
-SECONDS_PER_STEP = {"quick": 0.8, "full": 2.0}
+SECONDS_PER_STEP = {"quick": 0.8, "full": 1.5}
 
 
 @dataclass(frozen=True)

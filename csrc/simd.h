@@ -130,7 +130,7 @@ inline Floats exp(Floats x) {
   q = q * r + 1.6666520632e-01f;
   q = q * r + 4.9999993448e-01f;
   q = q * (r * r) + (r + 1.0f);
-  const Floats result = (Floats)((Ints)q + ((Ints)shifted << 23));
+  const Floats result = (Floats)((UInts)q + ((UInts)shifted << 23));
   return x >= broadcast(-87.3f) ? result : maximum(Floats{}, x);
 }
 
