@@ -74,7 +74,7 @@ inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, floa
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) sum[r][v] = ADD ? load(c + r * ldc + v * LANES) : Floats{};
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = Floats{};
   for (int64_t k = k_begin; k < k_end; ++k) {
     Floats row[VECTORS];
 #pragma GCC unroll 4
@@ -86,10 +86,14 @@ inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, floa
       for (int v = 0; v < VECTORS; ++v) sum[r][v] = multiply_add<PAIRS>(sum[r][v], x, row[v]);
     }
   }
+  // C comes last: sums of sums round less than one long chain.
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) store(c + r * ldc + v * LANES, sum[r][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* to = c + r * ldc + v * LANES;
+      store(to, ADD ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
 template <bool PAIRS, int ROWS, int VECTORS, bool TRANSPOSED, bool ADD, Trim TRIM>

@@ -213,6 +213,17 @@ def test_magnitudes(backend: str, magnitude: float) -> None:
     compare(backend, make_inputs(2, 2, 33, 65, 32, magnitude=magnitude), "top_left")
 
 
+def test_long_sums_round_no_more_than_eager(backend: str) -> None:
+    """dK and dV of early keys sum over all queries; a single chain of 1,024 terms doubles the error."""
+    tensors = make_inputs(1, 4, 1024, 1024, 64, requires_grad=True)
+    upstream = torch.randn(1, 4, 1024, 64), torch.zeros(1, 4, 1024)
+    actual = run(backend, tensors, upstream, is_causal=True)
+    same, exact = (eager(tensors, upstream, dtype, "top_left") for dtype in (torch.float32, torch.float64))
+    for name, a, e, r in list(zip(NAMES, actual, same, exact, strict=False))[2:]:
+        error, base = ((x.double() - r).square().mean().sqrt() for x in (a, e))
+        assert error < 1.3 * base, f"{name}: {error:.2e}, eager's {base:.2e}"
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1.0, 1e2, 1e4])
 def test_equal_keys_share_the_weight_at_any_scale(backend: str, scale: float) -> None:
     query, value = make_inputs(1, 1, 3, 4, 8, magnitude=10.0)[::2]
