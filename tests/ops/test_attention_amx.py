@@ -149,7 +149,7 @@ def test_kernels_on_emulated_tiles(tmp_path: Path) -> None:
     if level != "AVX512_BF16":
         pytest.skip(f"the library for AMX needs the instructions of AVX512_BF16, and this CPU has {level}")
     site = build_with_emulated_tiles(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     code = "from nlpfast import native; print(native.cpu_capability(), native.__file__)"
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=site, env=environment, capture_output=True, text=True
