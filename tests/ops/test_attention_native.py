@@ -140,7 +140,7 @@ def lower_levels() -> list[str]:
 @pytest.mark.parametrize("level", lower_levels())
 def test_every_lower_instruction_set_passes_the_same_tests(level: str) -> None:
     """Run the tests of the CPU backend again, as on a CPU that has no more than this level."""
-    # One thread: these tests are many small calls, and threads that wait for each other stand in each other's way.
+    # One thread: these are many small calls, whose threads would mostly wait for each other.
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": level.lower(), "OMP_NUM_THREADS": "1"}
     code = "from nlpfast import native; print(native.cpu_capability())"
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
