@@ -64,7 +64,7 @@ def test_this_installation_has_its_native_library() -> None:
     info = native.build_info()
     assert set(info) == {"compiler", "torch", "instruction_sets", "cuda", "sanitizers"}
     assert info["compiler"] and info["torch"] and "baseline" in info["instruction_sets"]
-    assert native.cpu_capability() in ("DEFAULT", "AVX2", "AVX512", "AVX512_AMX")
+    assert native.cpu_capability() in ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16", "AVX512_AMX")
 
 
 def test_a_failing_compiler_warns_and_installs_anyway(tree: Path) -> None:
