@@ -46,7 +46,7 @@ def build_info() -> dict[str, str]:
 
 
 def cpu_capability() -> str:
-    """Return the instruction set in use: DEFAULT, AVX2, AVX512, AVX512_BF16, AVX512_AMX, or NONE if not built.
+    """Return the instruction set in use: DEFAULT, AVX2, AVX512, AVX512_BF16, AVX512_AMX; NONE if not built.
 
     `ATEN_CPU_CAPABILITY` (default, avx2, avx512) lowers it, as it lowers PyTorch's own kernels.
     """
