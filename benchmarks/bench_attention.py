@@ -21,7 +21,7 @@ import nlpfast
 from nlpfast import dispatch, testing
 from nlpfast.ops.attention import reference
 
-from .measure import Settings, Step
+from .measure import Settings, Step, check_errors, distance
 
 OP = "attention"
 OURS = "nlpfast"
@@ -148,7 +148,7 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
         RuntimeError: an error of ours is over four times that of the definition in the case's own dtype.
     """
     inputs, grad_out = _inputs(case, settings.device)
-    baseline = _distance(
+    baseline = distance(
         _definition(case, settings.device, case.dropout, case.dtype),
         _definition(case, settings.device, case.dropout, torch.float64),
     )
@@ -160,14 +160,8 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
             out = attend(*inputs)
             grads = torch.autograd.grad(out, inputs, grad_out)
         exact = _definition(case, settings.device, dropout, torch.float64)
-        found[name] = _distance([out.detach(), *grads], exact)
-    for tensor, error in found[OURS].items():
-        limit = 4 * baseline[tensor] + 1e-7
-        # a NaN is not within any limit
-        if not error <= limit:
-            raise RuntimeError(
-                f"{OP} {case.name}: {tensor} has error {error:.2e}, more than {limit:.2e}: fix the kernel"
-            )
+        found[name] = distance([out.detach(), *grads], exact)
+    check_errors(f"{OP} {case.name}", found[OURS], baseline)
     return found
 
 
@@ -257,10 +251,3 @@ def _definition(case: Case, device: str, dropout: float, dtype: torch.dtype) -> 
     saved = reference.forward(query, key, value, *rest)
     dq, dk, dv, _ = reference.backward(grad_out, None, query, key, value, *saved, *rest)
     return saved[0], dq, dk, dv
-
-
-def _distance(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:
-    """Return the largest absolute error of each tensor; a NaN anywhere gives NaN, which no limit allows."""
-    names = ("out", "dq", "dk", "dv")
-    pairs = zip(names, actual, exact, strict=True)
-    return {name: (x.double() - y.double()).abs().max().item() for name, x, y in pairs}

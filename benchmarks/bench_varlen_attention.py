@@ -21,7 +21,7 @@ import nlpfast
 from nlpfast import dispatch, testing
 from nlpfast.ops.varlen_attention import reference
 
-from .measure import Settings, Step
+from .measure import Settings, Step, check_errors, distance
 
 OP = "varlen_attention"
 OURS = "nlpfast"
@@ -110,7 +110,7 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
         RuntimeError: an error of ours is over four times that of the definition in the case's own dtype.
     """
     exact = _definition(case, settings.device, torch.float64)
-    baseline = _distance(_definition(case, settings.device, case.dtype), exact)
+    baseline = distance(_definition(case, settings.device, case.dtype), exact)
     found = {}
     for name in implementations:
         inputs, grad_out = _layout(case, name, settings.device)
@@ -119,14 +119,8 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
             results = [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
         if name != OURS:
             results = [_unpad(case, x) for x in results]
-        found[name] = _distance(results, exact)
-    for tensor, error in found[OURS].items():
-        limit = 4 * baseline[tensor] + 1e-7
-        # a NaN is not within any limit
-        if not error <= limit:
-            raise RuntimeError(
-                f"{OP} {case.name}: {tensor} has error {error:.2e}, more than {limit:.2e}: fix the kernel"
-            )
+        found[name] = distance(results, exact)
+    check_errors(f"{OP} {case.name}", found[OURS], baseline)
     return found
 
 
@@ -214,10 +208,3 @@ def _definition(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, ..
     rest = (cu_seq, cu_seq, L, L, None, 0.0, "none", D**-0.5)
     saved = reference.forward(query, key, value, *rest)
     return saved[0], *reference.backward(grad_out, None, query, key, value, *saved, *rest)
-
-
-def _distance(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:
-    """Return the largest absolute error of each tensor; a NaN anywhere gives NaN, which no limit allows."""
-    names = ("out", "dq", "dk", "dv")
-    pairs = zip(names, actual, exact, strict=True)
-    return {name: (x.double() - y.double()).abs().max().item() for name, x, y in pairs}

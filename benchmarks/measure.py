@@ -157,6 +157,23 @@ def machine_rates(device: str = "cpu") -> Result:
     }
 
 
+def distance(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Return the largest absolute error of out, dq, dk, dv; a NaN gives NaN, which no limit allows."""
+    pairs = zip(("out", "dq", "dk", "dv"), actual, exact, strict=True)
+    return {name: (x.double() - y.double()).abs().max().item() for name, x, y in pairs}
+
+
+def check_errors(case: str, ours: Mapping[str, float], baseline: Mapping[str, float]) -> None:
+    """Raise RuntimeError if an error of ours is over four times that of the definition in the same dtype."""
+    for tensor, error in ours.items():
+        limit = 4 * baseline[tensor] + 1e-7
+        # a NaN is not within any limit
+        if not error <= limit:
+            raise RuntimeError(
+                f"{case}: {tensor} has error {error:.2e}, more than {limit:.2e}: fix the kernel"
+            )
+
+
 def _implementations(bench: ModuleType, settings: Settings) -> tuple[list[str], list[str]]:
     """Return the names that can run here, ours first, and one note for each that cannot."""
     names, notes = [], []

@@ -41,7 +41,7 @@ struct RowStatistics {
                 std::initializer_list<int64_t> shape);
 };
 
-// Runs the kernels on all threads. `heads` = B * H, `rows` the queries of the longest head.
+// Divide the work among the threads and run the kernels.
 void run_forward(AttentionForward& p);
 void run_backward(AttentionBackward& p);
 

@@ -22,7 +22,6 @@ void rescale(float before, float now, float& sum, float* o, int64_t width) {
 
 // The largest scaled score of each row of a group so far, at once its reference for exponentials; rescales what the
 // tiles before left.
-template <bool PAIRS>
 void raise_maximum(const Tile& t, int64_t i, const float* s, float factor, const Limits& limits, bool first,
                    Online& online, float* o, int64_t width, Floats (&reference)[GROUP]) {
   const Ints lane = lane_numbers();
@@ -59,7 +58,7 @@ void softmax_tile(const AttentionProblem& p, const Tile& t, float factor, bool f
   for (int64_t i = 0; i < t.rows; i += GROUP, s += GROUP * TILE_STRIDE) {
     const Limits limits = group_limits<PAIRS>(t, i);
     Floats sum[GROUP] = {}, reference[GROUP];
-    raise_maximum<PAIRS>(t, i, s, factor, limits, first, online, o, width, reference);
+    raise_maximum(t, i, s, factor, limits, first, online, o, width, reference);
     const auto columns = [&]<bool MASKED>(int32_t j) {
       PhiloxWords words[STEP<PAIRS>];
       for (int u = 0; u < STEP<PAIRS>; ++u)

@@ -117,12 +117,7 @@ def attention(
             raise ValueError(
                 "prefix_lengths is given with is_causal=False, where every key is visible: set is_causal=True"
             )
-    if causal_align not in ("top_left", "bottom_right"):
-        raise ValueError(
-            f"causal_align is {causal_align!r}; it must be 'top_left' or 'bottom_right': pass one of them"
-        )
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; it must lie in 0..1: pass a probability")
+    _check_options(causal_align, dropout_p)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[3])
     seed = _seed(seed, query) if dropout_p > 0.0 else None
@@ -292,6 +287,16 @@ def _check_lengths(name: str, lengths: Tensor, query: Tensor) -> None:
         )
     if lengths.device != query.device:
         raise _elsewhere(name, lengths, query)
+
+
+def _check_options(causal_align: str, dropout_p: float) -> None:
+    """Raise unless the alignment is known and the probability is one."""
+    if causal_align not in ("top_left", "bottom_right"):
+        raise ValueError(
+            f"causal_align is {causal_align!r}; it must be 'top_left' or 'bottom_right': pass one of them"
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it must lie in 0..1: pass a probability")
 
 
 def _seed(seed: int | Tensor | None, query: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nlpfast import dispatch, native
 from nlpfast.ops.attention import (
     _autocast,
+    _check_options,
     _distinct,
     _elsewhere,
     _FirstDerivative,
@@ -120,12 +121,7 @@ def varlen_attention(
     if cu_seq_k.shape != cu_seq_q.shape:
         rule = f"it must be that of cu_seq_q, {_shape(cu_seq_q)}"
         raise ValueError(f"cu_seq_k has the shape {_shape(cu_seq_k)}; {rule}: give every sequence its keys")
-    if causal_align not in ("top_left", "bottom_right"):
-        raise ValueError(
-            f"causal_align is {causal_align!r}; it must be 'top_left' or 'bottom_right': pass one of them"
-        )
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; it must lie in 0..1: pass a probability")
+    _check_options(causal_align, dropout_p)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[2])
     seed = _seed(seed, query) if dropout_p > 0.0 else None
