@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "amx.h"
 #include "float16.h"
@@ -59,6 +60,13 @@ struct Product {
   int64_t edge;
 };
 
+// Rows of pairs that are read in place may be aligned to two bytes alone.
+inline float word_at(const float* p) {
+  float x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
 template <bool PAIRS>
 inline Floats multiply_add(Floats sum, Floats x, Floats y) {
   if constexpr (PAIRS)
@@ -81,7 +89,7 @@ inline void block(const float* a, int64_t lda, const float* b, int64_t ldb, floa
     for (int v = 0; v < VECTORS; ++v) row[v] = load(b + k * ldb + v * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const Floats x = broadcast(TRANSPOSED ? a[k * lda + r] : a[r * lda + k]);
+      const Floats x = broadcast(word_at(TRANSPOSED ? a + k * lda + r : a + r * lda + k));
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) sum[r][v] = multiply_add<PAIRS>(sum[r][v], x, row[v]);
     }
