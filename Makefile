@@ -12,7 +12,7 @@ INSTALLED := .venv/installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types bench sanitize soak gpu clean
+.PHONY: demo test test-cpu test-triton lint types bench sanitize soak gpu clean
 
 # Trains a small GPT on the text that comes with nlpfast, writes a sample, and times the kernel against PyTorch's.
 demo: $(INSTALLED)
@@ -20,8 +20,14 @@ demo: $(INSTALLED)
 	$(BIN)/nlpfast generate runs/demo/best --max-new-tokens 400 --temperature 0.7
 	$(BIN)/nlpfast bench attention --quick
 
-test: $(INSTALLED)
+# Two halves, for `make -j2 test`; the second runs the Triton kernels on the CPU, in float32.
+test: test-cpu test-triton
+
+test-cpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests
+
+test-triton: $(INSTALLED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

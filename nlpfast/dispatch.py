@@ -6,6 +6,7 @@ traced by ``torch.compile(fullgraph=True)``: nothing is imported at the time of 
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from types import ModuleType
@@ -49,6 +50,15 @@ def start_logging(level: str) -> None:
     handler.setFormatter(logging.Formatter("nlpfast %(levelname)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(level.upper())
+
+
+def triton_status() -> str:
+    """Return "ok" where Triton kernels can run, or why they cannot; Triton itself is not imported here."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET") != "1":
+        return "PyTorch was built without CUDA; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
+    return "ok"
 
 
 def choose(op: str, device_type: str, backend: str | None, request: tuple[Any, ...]) -> ModuleType:

@@ -1,5 +1,6 @@
 """Fixtures of all tests: backends by name, a fixed seed, and how long hypothesis searches."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +28,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         backends = dispatch.registry[metafunc.module.OP].items()
         metafunc.parametrize("backend", [name for name, module in backends if not isinstance(module, str)])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With TRITON_INTERPRET=1 run what concerns the Triton backend, as far as the interpreter can bear it."""
+
+    def bearable(item: pytest.Item) -> bool:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        concerns = values.get("backend") == "triton" or getattr(item.module, "INTERPRETED", False)
+        served = values.get("dtype", torch.float32) in (torch.float32, torch.float64)
+        return concerns and served and item.get_closest_marker("long") is None
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        config.hook.pytest_deselected(items=[item for item in items if not bearable(item)])
+        items[:] = [item for item in items if bearable(item)]
 
 
 @pytest.fixture(autouse=True)

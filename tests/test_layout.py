@@ -118,7 +118,8 @@ def test_public_names_are_documented_and_typed(path: Path) -> None:
     assert ast.get_docstring(tree), f"{name_of(path)} has no docstring"
     for name, node in public(tree.body):
         assert ast.get_docstring(node), f"{name_of(path)}: {name} has no docstring"
-        if isinstance(node, ast.ClassDef):
+        # Triton's compiler finds types itself.
+        if isinstance(node, ast.ClassDef) or "triton.jit" in decorators(node):
             continue
         assert node.returns is not None, f"{name_of(path)}: {name} has no return type"
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
@@ -191,8 +192,9 @@ def test_backends_keep_the_contract(op: Path) -> None:
     definition = signatures(op / "reference.py")
     assert len(definition) == 3
     for path in sorted(op.glob("*.py")):
-        assert path.stem in BACKENDS, f"{name_of(path)} is not a backend: one of {sorted(BACKENDS)}"
-        if path.stem != "__init__":
+        backend, _, part = path.stem.partition("_") if path.stem != "__init__" else (path.stem, "", "")
+        assert backend in BACKENDS, f"{name_of(path)} is not a backend, or part of one: {sorted(BACKENDS)}"
+        if path.stem != "__init__" and not part:
             assert signatures(path) == definition, f"{name_of(path)} differs from reference.py"
 
 

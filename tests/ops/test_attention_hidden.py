@@ -41,6 +41,8 @@ def test_garbage_in_queries_that_see_nothing(backend: str, blind: str, dtype: to
     clean, upstream = make_inputs(2, 2, 6, 4, 8, dtype=dtype), (torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6))
     upstream = (upstream[0].to(dtype), upstream[1])
     arguments = BLIND[blind]
+    if not served(backend, clean, **arguments):
+        return
     expected = run(backend, tuple(x.clone().requires_grad_() for x in clean), upstream, **arguments)
     for garbage in (math.nan, math.inf):
         clean[0][:, :, :2] = garbage

@@ -254,6 +254,7 @@ def test_memory(backend: str, variant: str, dtype: torch.dtype) -> None:
         check()
 
 
+@pytest.mark.long
 def test_many_heads(backend: str) -> None:
     tensors = make_inputs(4, 16_400, 2, 3, 2, requires_grad=True)
     actual = run(attention, tensors, is_causal=True, dropout_p=0.5, seed=2, backend=backend)

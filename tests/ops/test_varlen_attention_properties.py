@@ -126,18 +126,18 @@ def close(name: str, actual: Tensor, exact: Tensor, size: Tensor, dtype: torch.d
 
 @settings(max_examples=max(EXAMPLES, settings().max_examples))
 @given(call=calls())
-def test_any_call(call: dict) -> None:
+def test_any_call(backend: str, call: dict) -> None:
     torch.manual_seed(call["seed"] % 2**31)
+    if dispatch.registry[OP][backend].refusal(*[torch.empty(0, 1, 1, dtype=call["dtype"])] * 3, None, None):
+        # What the backend does not serve is asked of it in float32.
+        call = {**call, "dtype": torch.float32}
     dtype, H, totals = call["dtype"], call["H"], [sum(side) for side in sides(call)]
     drawn = make_inputs(1, H, *totals, call["D"], Hk=call["Hk"], Dv=call["Dv"], seed=call["seed"] % 2**31)
     tensors = [x[0].transpose(0, 1).to(dtype).requires_grad_() for x in drawn]
     upstream = [torch.randn(totals[0], H, call["Dv"]).to(dtype), torch.randn(totals[0], H)]
     exact, sizes = exact_results(call, tensors, upstream) if call["lengths"] else ([], [])
-    for backend, module in dispatch.registry[OP].items():
-        if isinstance(module, str):
-            continue
-        actual = results(backend, call, tensors, upstream)
-        CASES[f"{backend}, {dtype}"] += 1
-        for name, a, e, size in zip(NAMES, actual, exact, sizes, strict=False):
-            close(name, a, e, size, torch.float32 if name == "lse" else dtype)
-        assert exact or [list(x.shape[:2]) for x in actual] == [[0, H]] * 3 + [[0, call["Hk"]]] * 2
+    actual = results(backend, call, tensors, upstream)
+    CASES[f"{backend}, {dtype}"] += 1
+    for name, a, e, size in zip(NAMES, actual, exact, sizes, strict=False):
+        close(name, a, e, size, torch.float32 if name == "lse" else dtype)
+    assert exact or [list(x.shape[:2]) for x in actual] == [[0, H]] * 3 + [[0, call["Hk"]]] * 2

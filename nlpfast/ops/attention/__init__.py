@@ -12,12 +12,20 @@ from torch import Tensor
 from nlpfast import dispatch, native
 from nlpfast.ops.attention import reference
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "reference": reference}
+_backends: dict[str, ModuleType | str] = {
+    "cpu": native.status(),
+    "triton": dispatch.triton_status(),
+    "reference": reference,
+}
 if native.status() == "ok":
     # Its operations exist only once the library is loaded.
     from nlpfast.ops.attention import cpu
 
     _backends["cpu"] = cpu
+if dispatch.triton_status() == "ok":
+    from nlpfast.ops.attention import triton
+
+    _backends["triton"] = triton
 dispatch.registry["attention"] = _backends
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

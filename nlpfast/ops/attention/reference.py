@@ -76,8 +76,8 @@ def forward(
     Raises:
         ValueError: if a length lies outside 0..S, on the CPU and in uncompiled code; elsewhere it is clamped.
     """
-    _check_lengths("key_lengths", key_lengths, key.shape[2])
-    _check_lengths("prefix_lengths", prefix_lengths, key.shape[2])
+    check_lengths("key_lengths", key_lengths, key.shape[2])
+    check_lengths("prefix_lengths", prefix_lengths, key.shape[2])
     with _without_autocast(query):
         visible = _visible(query, key, attn_mask, key_lengths, prefix_lengths, causal)
         q, k, v = _clean_inputs(query, key, value, visible)
@@ -281,8 +281,8 @@ def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
     return grad.to(like.dtype)
 
 
-def _check_lengths(name: str, lengths: Tensor | None, S: int) -> None:
-    """Raise if a length lies outside 0..S; only where looking at values costs nothing."""
+def check_lengths(name: str, lengths: Tensor | None, S: int) -> None:
+    """Raise if a length lies outside 0..S; only where looking at values costs nothing: not on a GPU."""
     if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = lengths[(lengths < 0) | (lengths > S)]

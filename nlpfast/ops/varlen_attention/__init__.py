@@ -24,12 +24,20 @@ from nlpfast.ops.attention import (
 )
 from nlpfast.ops.varlen_attention import reference
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "reference": reference}
+_backends: dict[str, ModuleType | str] = {
+    "cpu": native.status(),
+    "triton": dispatch.triton_status(),
+    "reference": reference,
+}
 if native.status() == "ok":
     # Its operations exist only once the library is loaded.
     from nlpfast.ops.varlen_attention import cpu
 
     _backends["cpu"] = cpu
+if dispatch.triton_status() == "ok":
+    from nlpfast.ops.varlen_attention import triton
+
+    _backends["triton"] = triton
 dispatch.registry["varlen_attention"] = _backends
 
 

@@ -1,0 +1,187 @@
+"""Compile every configuration of the Triton kernels, without a GPU, and print what each takes of one.
+
+    python -m benchmarks.triton_resources --arch 80 90
+
+prints registers of a thread, bytes that a thread spills to memory, and kilobytes of shared memory of a block.
+Each configuration is compiled as training uses it: causal, with dropout, and with a mask that is added where
+the table has a line of its own for masks. `--features` compiles one head size with each feature alone, and
+with all at once, instead.
+
+The launches are the backend's own: a driver that knows no device stands in for Triton's, and a kernel is
+compiled where it would be started. ptxas, which comes with Triton, reports the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# What is to be interpreted is not compiled.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+from nlpfast.ops.attention import triton_configs, triton_launch
+
+# Kilobytes of shared memory that a block may have on sm_86 and sm_89, the fewest since sm_80.
+SHARED_LIMIT = 99
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+Row = dict[str, Any]
+
+
+class Request(NamedTuple):
+    """A call to compile the kernels for."""
+
+    name: str
+    size: int = 2
+    D: int = 64
+    mask: str = ""
+    mask_gradient: bool = False
+    lengths: bool = False
+    dropout: bool = False
+    causal: str = "top_left"
+    packed: bool = False
+
+
+# What training has to serve at least; a line for masks serves a mask too.
+TRAINING = Request("training", dropout=True)
+FEATURES = (
+    Request("plain", causal="none"),
+    Request("causal"),
+    Request("bottom_right", causal="bottom_right"),
+    Request("lengths", lengths=True),
+    Request("bool mask", mask="bool"),
+    Request("16-bit mask", mask="narrow"),
+    Request("dropout", dropout=True),
+    Request("packed", packed=True, dropout=True),
+    Request("odd head size", D=33),
+    Request("all", lengths=True, dropout=True, mask="added", mask_gradient=True),
+    Request("all", lengths=True, dropout=True, mask="added"),
+    Request("all", lengths=True, dropout=True),
+)
+
+
+class NoDevice:
+    """What Triton asks its driver before it compiles, answered for an architecture that is not here."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_all(arch: int, requests: list[Request]) -> Iterator[Row]:
+    """Compile the kernels that the requests lead to, for an architecture such as 90; a row for each.
+
+    Args:
+        arch: 80 or 90.
+        requests: for each of them calls of several lengths are made, so that all kernels have their turn.
+            Lines of CONFIGS that a request of the same name has led to are not compiled again.
+    """
+    triton.runtime.driver.set_active(NoDevice(arch))
+    found: list[Row] = []
+    seen: set[tuple[Any, ...]] = set()
+
+    def compile_only(launch: triton_launch.Launch, *pointers: Tensor | None) -> None:
+        if (request.name, launch.line) not in seen:
+            seen.add((request.name, launch.line))
+            compiled = launch.kernel.warmup(*pointers, *launch.numbers, **launch.constants, grid=(1,))
+            row = {
+                "request": request.name,
+                "arch": arch,
+                "kernel": launch.kernel.__name__,
+                "key": launch.line,
+            }
+            found.append({**row, "config": triton_configs.CONFIGS[launch.line], **resources(compiled, arch)})
+
+    triton_launch.Launch.__call__ = compile_only
+    for request in requests:
+        for heads, length in ((2, 64), (2, 128), (triton_launch.MIN_OWNED_HEADS, 512), (2, 1024)):
+            _call(request, heads, length)
+            yield from found
+            found.clear()
+
+
+def resources(compiled: Any, arch: int) -> Row:
+    """Return registers of a thread, bytes it spills, and kilobytes of shared memory, as ptxas counts them."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        # As Triton itself calls it.
+        options = ["-v", "--regAllocOptLevel=2", f"--gpu-name={sm_arch_from_capability(arch)}"]
+        command = [get_ptxas(arch).path, *options, file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", said))
+    registers = int(re.findall(r"Used (\d+) registers", said)[0])
+    return {"registers": registers, "spills": spills, "shared": round(compiled.metadata.shared / 1024, 1)}
+
+
+def table() -> list[Request]:
+    """Return the requests that lead to every line of CONFIGS, with all that such a line may have to serve."""
+    lines = sorted({(size, D, masked) for _, size, D, masked in triton_configs.CONFIGS})
+    return [
+        TRAINING._replace(size=size, D=D, mask="added" * masked, mask_gradient=gradient)
+        for size, D, masked in lines
+        for gradient in {masked, False}
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="80, 90 or both")
+    parser.add_argument("--features", action="store_true", help="one head size, each feature alone")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
+    args = parser.parse_args(argv)
+    for arch in args.arch:
+        for row in compile_all(arch, list(FEATURES) if args.features else table()):
+            print(json.dumps(row) if args.json else _line(row), flush=True)
+
+
+def _line(row: Row) -> str:
+    kind, size, D, masked = row["key"]
+    config = "x".join(str(number) for number in row["config"])
+    what = f"sm_{row['arch']} {kind:8} {8 * size} bits, D <= {D:3}{', mask' if masked else '':6} {config:12}"
+    used = f"{row['registers']:3} registers, {row['spills']:4} bytes spilled, {row['shared']:5.1f} KB shared"
+    return f"{what} {used}  ({row['request']})"
+
+
+def _call(request: Request, heads: int, length: int) -> None:
+    """Call the backend once, forward and backward."""
+    shape = (length, heads, request.D) if request.packed else (heads // 2, 2, length, request.D)
+    q, k, v = (torch.empty(shape, dtype=DTYPES[request.size]) for _ in range(3))
+    mask = None
+    if request.mask:
+        kinds = {"added": torch.float32, "bool": torch.bool, "narrow": q.dtype}
+        mask = torch.empty(heads // 2, 1, length, length, dtype=kinds[request.mask])
+    numbers = torch.zeros(heads // 2 + 1, dtype=torch.int64)
+    lengths = numbers[1:] if request.lengths else None
+    cu_seq = (numbers, numbers) if request.packed else (None, None)
+    seed = torch.zeros(2, dtype=torch.int64) if request.dropout else None
+    arguments = (q, k, v, mask, lengths, lengths, *cu_seq, length, length, seed, 0.1, request.causal, 0.125)
+    out, lse, stats = triton_launch.run_forward(*arguments)
+    grad_lse = torch.empty_like(lse) if request.name == "all" else None
+    triton_launch.run_backward(torch.empty_like(out), grad_lse, out, stats, request.mask_gradient, *arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Every configuration of the Triton kernels compiles for sm_80 and sm_90, and keeps to what a GPU has."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a block may have on the smallest GPUs since sm_80 (sm_86, sm_89): sm_80 has 163 and sm_90 227.
+SHARED_KILOBYTES = 99
+# The exceptions that triton_configs.py names.
+SPILLING = {("dq", 4, 256, False), ("dq", 4, 256, True), ("dkdv", 4, 256, True)}
+
+CONFIGS = (
+    "from nlpfast.ops.attention.triton_configs import CONFIGS; import json; print(json.dumps(list(CONFIGS)))"
+)
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """A process of its own: kernels that are interpreted elsewhere in the tests are compiled there."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def rows_of(process: subprocess.Popen[str]) -> list[dict]:
+    printed = process.communicate()[0]
+    assert process.returncode == 0
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+@pytest.mark.slow
+def test_every_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    resources = ("-m", "benchmarks.triton_resources", "--json", "--arch")
+    both = [start(*resources, arch) for arch in ("80", "90")]
+    (table,) = rows_of(start("-c", CONFIGS))
+    assert len(table) > 50
+    for process in both:
+        rows = rows_of(process)
+        assert {tuple(row["key"]) for row in rows} == {tuple(key) for key in table}
+        for row in rows:
+            assert row["registers"] <= 255 and row["shared"] <= SHARED_KILOBYTES, row
+            assert row["spills"] <= (1024 if tuple(row["key"]) in SPILLING else 0), row
+        with capsys.disabled():
+            print()
+            for row in rows:
+                used = f"{row['registers']} registers, {row['spills']} spills, {row['shared']} KB shared"
+                print(f"sm_{row['arch']} {row['key']} {row['config']}: {used}")
+
+
+@pytest.mark.slow
+def test_every_feature_compiles() -> None:
+    rows = rows_of(start("-m", "benchmarks.triton_resources", "--json", "--arch", "90", "--features"))
+    kernels = {row["kernel"] for row in rows}
+    assert {"_fwd_kernel", "_bwd_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel"} <= kernels
+    assert len({row["request"] for row in rows}) >= 9
+    for row in rows:
+        # Head sizes that are no multiple of 16 bytes are read number by number, and spill as it comes.
+        if row["request"] != "odd head size":
+            assert row["spills"] <= (128 if row["request"] == "all" else 0), row
