@@ -80,12 +80,15 @@ class NoDevice:
         self.arch = arch
 
     def get_current_target(self) -> GPUTarget:
+        """Return the architecture."""
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
+        """Return a number that is another for each architecture: compiled kernels are kept by it."""
         return self.arch
 
     def get_current_stream(self, device: int) -> int:
+        """Return the default stream."""
         return 0
 
 

@@ -62,3 +62,55 @@ def test_every_feature_compiles() -> None:
         # Head sizes that are no multiple of 16 bytes are read number by number, and spill as it comes.
         if row["request"] != "odd head size":
             assert row["spills"] <= (128 if row["request"] == "all" else 0), row
+
+
+LAUNCH_TWICE = """
+from types import SimpleNamespace
+import torch, triton
+from benchmarks.triton_resources import NoDevice
+from nlpfast.ops.attention import triton_launch
+
+launched = []
+
+class Recorder(NoDevice):
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+        load_binary=lambda *rest: (1, 2, 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
+    def launcher_cls(self, src, metadata):
+        return lambda *arguments: launched.append((metadata.hash, arguments))
+
+triton.runtime.driver.set_active(Recorder(90))
+seen_by_triton = []
+run = triton.JITFunction.run
+triton.JITFunction.run = lambda *rest, **names: (seen_by_triton.append(rest[0]), run(*rest, **names))[1]
+storage = torch.empty(3, 40 * 64 * 32 + 1, dtype=torch.bfloat16)
+
+def call(offset):
+    q, k, v = (x[offset : offset + 40 * 64 * 32].view(2, 20, 64, 32) for x in storage)
+    seed = torch.zeros(2, dtype=torch.int64)
+    shared = (q, k, v, None, None, None, None, None, 64, 64, seed, 0.1, "top_left", 0.125)
+    out, lse, stats = triton_launch.run_forward(*shared)
+    triton_launch.run_backward(out, lse, out, stats, False, *shared)
+
+def plain(entry):
+    # The seventh argument holds what a profiler would be told, a new object each time.
+    values = [(x.dtype, x.shape) if isinstance(x, torch.Tensor) else x for x in entry[1]]
+    return (entry[0], *values[:6], *values[7:])
+
+for offset, kernels in ((0, 2), (0, 2), (1, 4), (1, 4), (0, 4)):
+    call(offset)
+    assert len(seen_by_triton) == kernels, "a shape with other alignment is one that Triton has to see"
+first, second, unaligned, again, third = (
+    [plain(x) for x in launched[i : i + 2]] for i in range(0, 10, 2)
+)
+assert first == second == third and unaligned == again
+assert launched[0][0] != launched[4][0], "unaligned memory needs another kernel"
+"""
+
+
+def test_second_launch_passes_what_triton_passed_at_the_first() -> None:
+    process = start("-c", LAUNCH_TWICE)
+    process.communicate()
+    assert process.returncode == 0

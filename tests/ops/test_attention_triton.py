@@ -61,7 +61,9 @@ def test_kernels_for_several_tiles_of_keys(monkeypatch: pytest.MonkeyPatch, kind
         ((64, 2, 64, 128), "whole"),
         ((64, 2, 128, 129), "owned"),
         ((1, 2, 128, 129), "dq"),
-        ((64, 2, 513, 64), "dq"),
+        ((64, 2, 513, 64), "whole_64"),
+        ((1, 2, 513, 64), "dq"),
+        ((64, 2, 513, 129), "dq"),
         ((64, 2, 64, 513), "dq"),
     ],
 )

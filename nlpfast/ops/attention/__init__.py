@@ -12,13 +12,8 @@ from torch import Tensor
 from nlpfast import dispatch, native
 from nlpfast.ops.attention import reference
 
-_backends: dict[str, ModuleType | str] = {
-    "cpu": native.status(),
-    "triton": dispatch.triton_status(),
-    "reference": reference,
-}
+_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
 if native.status() == "ok":
-    # Its operations exist only once the library is loaded.
     from nlpfast.ops.attention import cpu
 
     _backends["cpu"] = cpu
@@ -26,7 +21,7 @@ if dispatch.triton_status() == "ok":
     from nlpfast.ops.attention import triton
 
     _backends["triton"] = triton
-dispatch.registry["attention"] = _backends
+dispatch.registry["attention"] = {**_backends, "reference": reference}
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -310,8 +305,7 @@ def _check_options(causal_align: str, dropout_p: float) -> None:
 def _seed(seed: int | Tensor | None, query: Tensor) -> Tensor:
     """Return the int64 tensor [seed, offset]."""
     if seed is None:
-        # From the device's own generator: torch.manual_seed, checkpointing and CUDA graphs then govern
-        # dropout.
+        # From the device's own generator, which torch.manual_seed, checkpointing and CUDA graphs govern.
         return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:

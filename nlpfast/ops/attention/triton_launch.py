@@ -24,18 +24,17 @@ from nlpfast.ops.attention.triton_forward import _fwd_kernel
 
 CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
 
-# One program of _bwd_kernel computes all gradients of a head, up to this many queries and keys ...
+# One program of _bwd_kernel computes all gradients of a head, up to this many queries and keys. With several
+# tiles of keys, and for more queries, it does so only where there are heads enough to keep a GPU busy (132
+# multiprocessors in an H200): else triton_backward_tiled.py shares a head's tiles among programs.
 MAX_OWNED = 512
-# ... but with several tiles of keys only where there are enough heads to keep a GPU busy (an H200 has 132
-# multiprocessors); with fewer the kernels of triton_backward_tiled.py share a head's tiles among programs.
 MIN_OWNED_HEADS = 128
 
-# Calls of as many different shapes are remembered.
+# Of different shapes.
 MAX_REMEMBERED = 4096
 _remembered: dict[tuple[Any, ...], Call] = {}
 
 Strides = tuple[int, ...]
-# Of CONFIGS.
 Line = tuple[str, int, int, bool]
 
 
@@ -46,8 +45,8 @@ class Launch:
         self, kernel: Any, line: Line, programs: int, numbers: tuple[Any, ...], constants: dict[str, Any]
     ) -> None:
         """Take strides and numbers in the kernel's order, and what it is compiled for by name."""
-        self.kernel, self.line, self.programs = kernel, line, programs
-        self.numbers, self.constants = numbers, constants
+        self.kernel, self.line, self.programs, self.numbers = kernel, line, programs, numbers
+        self.constants = constants
         self.constexprs = tuple(constants[name] for name in kernel.arg_names if name in constants)
         # By which pointers are aligned to 16 bytes: the rest of what Triton specializes for is fixed here.
         self.compiled: dict[tuple[bool | None, ...], Any] = {}
@@ -143,17 +142,14 @@ class Call:
         """Return how a kernel is compiled."""
         return CONFIGS[self.line(kind)]
 
-    def forward_kind(self) -> str:
-        """Return the kernel of CONFIGS that computes the output."""
-        return "fwd_64" if self.L <= 64 and self.line("fwd_64") in CONFIGS else "fwd"
-
     def backward_kind(self, mask_gradient: bool) -> str:
         """Return the kernel that computes the gradients; "dq" stands for those that share out the tiles."""
-        if max(self.L, self.S) <= MAX_OWNED and not mask_gradient:
-            for kind, most_keys in (("whole_64", 64), ("whole", 128), ("owned", MAX_OWNED)):
-                busy = kind != "owned" or self.B * self.Hk >= MIN_OWNED_HEADS
-                if most_keys >= self.S and busy and self.line(kind) in CONFIGS:
-                    return kind
+        many, short = self.B * self.Hk >= MIN_OWNED_HEADS, max(self.L, self.S) <= MAX_OWNED
+        for kind, most_keys in (("whole_64", 64), ("whole", 128), ("owned", MAX_OWNED)):
+            # With one tile of keys a program reads each query once, however many there are.
+            owned = (many and short) if kind == "owned" else (many or short)
+            if owned and most_keys >= self.S and self.line(kind) in CONFIGS and not mask_gradient:
+                return kind
         return "dq"
 
     def launch(self, kernel: Any, kind: str, programs: int, *strides: Any, **constants: Any) -> Launch:
@@ -225,10 +221,9 @@ def _run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value, mask, lengths, prefix, cu_q, cu_k, _, _, seed, *_ = arguments
     out, lse, stats = _new_forward(call, query)
     if call.forward is None:
-        kind = call.forward_kind()
-        programs = call.B * call.H * triton.cdiv(call.L, call.config(kind).BLOCK_M)
+        programs = call.B * call.H * triton.cdiv(call.L, call.config("fwd").BLOCK_M)
         strides = (*call.strides, call.mask_strides, call.strides_of(out), call.row_strides)
-        call.forward = call.launch(_fwd_kernel, kind, programs, *strides)
+        call.forward = call.launch(_fwd_kernel, "fwd", programs, *strides)
     masks = (mask, _dense(lengths), _dense(prefix), _dense(cu_q), _dense(cu_k), _dense(seed))
     with _current(query):
         call.forward(query, key, value, *masks, out, lse, stats if call.keeps_stats else None)

@@ -24,13 +24,8 @@ from nlpfast.ops.attention import (
 )
 from nlpfast.ops.varlen_attention import reference
 
-_backends: dict[str, ModuleType | str] = {
-    "cpu": native.status(),
-    "triton": dispatch.triton_status(),
-    "reference": reference,
-}
+_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
 if native.status() == "ok":
-    # Its operations exist only once the library is loaded.
     from nlpfast.ops.varlen_attention import cpu
 
     _backends["cpu"] = cpu
@@ -38,7 +33,7 @@ if dispatch.triton_status() == "ok":
     from nlpfast.ops.varlen_attention import triton
 
     _backends["triton"] = triton
-dispatch.registry["varlen_attention"] = _backends
+dispatch.registry["varlen_attention"] = {**_backends, "reference": reference}
 
 
 # fmt: off
