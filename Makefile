@@ -42,6 +42,7 @@ bench: $(INSTALLED)
 	mkdir -p benchmarks/results
 	$(BIN)/nlpfast bench --output benchmarks/results
 	$(BIN)/python -m benchmarks.report benchmarks/results benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.predict_attention benchmarks/PREDICTED.md
 
 # The tests of the ops on a library that watches every memory access; PyTorch itself is not watched.
 WATCHED = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)"

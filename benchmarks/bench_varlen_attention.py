@@ -1,6 +1,6 @@
 """Attention on packed sequences, forward and backward, against attention on the same batch with padding.
 
-That is what people do today: PyTorch's `varlen_attn` has no kernel for the CPU. The peers are given the
+That is what people do today: PyTorch's `varlen_attn` has no kernel for the CPU. The other peers are given the
 padded batch and its mask; the time to pad and to unpad is not counted. Sizes are (B, H, L, D): sequences,
 heads, the longest sequence, head size.
 """
@@ -14,19 +14,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 import nlpfast
 from nlpfast import dispatch, testing
 from nlpfast.ops.varlen_attention import reference
 
-from .measure import Settings, Step, check_errors, distance
+from .bench_attention import SDPA, sdpa
+from .gpu import Pass, Step
+from .measure import Settings, check_errors, distance
 
 OP = "varlen_attention"
 OURS = "nlpfast"
 # The strongest rival of PyTorch's first: the quick run has time for one.
 PEERS = ("sdpa", "nlpfast.attention", "eager")
+CUDA_PEERS = ("varlen_attn", "sdpa cudnn", "sdpa efficient", "nlpfast.attention", "sdpa math", "eager")
+CUDA_QUICK_PEERS = 3
+# They take sequences packed, as ours does.
+PACKED = (OURS, "varlen_attn")
 SEED = 20_170_612
 
 
@@ -61,6 +67,10 @@ CASES = (
     Case((32, 12, 128, 64), goal=1.3, quick=True),
     Case((32, 12, 128, 64), dtype=torch.bfloat16, goal=1.3),
 )
+CUDA_CASES = (
+    Case((256, 12, 128, 64), dtype=torch.bfloat16, goal=1.3, quick=True),
+    Case((64, 12, 512, 64), dtype=torch.bfloat16),
+)
 
 
 def describe(case: Case) -> dict[str, object]:
@@ -72,11 +82,25 @@ def describe(case: Case) -> dict[str, object]:
 def flops(case: Case) -> float:
     """Return the operations of a step: 2 products forward, 5 backward, 2*D for each visible pair."""
     _, H, _, D = case.shape
-    return 7 * 2 * sum(length * length for length in _lengths(case)) * D * H
+    return 7 * 2 * sum(length * length for length in lengths_of(case)) * D * H
+
+
+def traffic(case: Case) -> tuple[int, int]:
+    """Return the bytes that a forward and a backward pass must move at the least; see bench_attention.py."""
+    _, H, _, D = case.shape
+    tensor = sum(lengths_of(case)) * H * D * case.dtype.itemsize
+    return 4 * tensor + 4 * sum(lengths_of(case)) * H, 7 * tensor
 
 
 def unavailable(implementation: str) -> str | None:
     """Return None: every implementation runs wherever PyTorch does."""
+    return None
+
+
+def unserved(case: Case, implementation: str) -> str | None:
+    """Return why an implementation does not serve a case, where it is known."""
+    if implementation in ("varlen_attn", "sdpa cudnn") and case.dtype == torch.float32:
+        return "it computes in bfloat16 and float16"
     return None
 
 
@@ -89,15 +113,10 @@ def chosen(case: Case, settings: Settings) -> str:
     return module.__name__.rpartition(".")[2]
 
 
-def prepare(case: Case, implementation: str, settings: Settings) -> Step:
-    """Return one forward and backward pass of an implementation as a callable of no arguments."""
-    inputs, grad_out = _layout(case, implementation, settings.device)
+def passes(case: Case, implementation: str, settings: Settings, copies: int) -> list[Pass]:
+    """Return an implementation on each of some copies of the inputs."""
     attend = _function(case, implementation, settings)
-
-    def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(attend(*inputs), inputs, grad_out)
-
-    return step
+    return [Pass(attend, *_layout(case, implementation, settings.device)) for _ in range(copies)]
 
 
 def errors(case: Case, implementations: Sequence[str], settings: Settings) -> dict[str, dict[str, float]]:
@@ -109,27 +128,31 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
     Raises:
         RuntimeError: an error of ours is over four times that of the definition in the case's own dtype.
     """
+    if settings.device != "cpu" and OURS in implementations:
+        # There is one number of threads there, and memory has other uses.
+        _definition.cache_clear()
     exact = _definition(case, settings.device, torch.float64)
-    baseline = distance(_definition(case, settings.device, case.dtype), exact)
     found = {}
     for name in implementations:
         inputs, grad_out = _layout(case, name, settings.device)
         with testing.poison() if name == OURS else contextlib.nullcontext():
             out = _function(case, name, settings)(*inputs)
             results = [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
-        if name != OURS:
+        if name not in PACKED:
             results = [_unpad(case, x) for x in results]
         found[name] = distance(results, exact)
-    check_errors(f"{OP} {case.name}", found[OURS], baseline)
+        if name == OURS:
+            baseline = distance(_definition(case, settings.device, case.dtype), exact)
+            check_errors(f"{OP} {case.name}", found[name], baseline)
     return found
 
 
 def test_varlen_attention(benchmark: Callable[[Step], object], case: Case, implementation: str) -> None:
     """Time one implementation alone, for `pytest benchmarks --benchmark-only`."""
-    benchmark(prepare(case, implementation, Settings()))
+    benchmark(passes(case, implementation, Settings(), 1)[0].step)
 
 
-def _lengths(case: Case) -> list[int]:
+def lengths_of(case: Case) -> list[int]:
     """Return the lengths of the sequences, in an order without a rule."""
     B, _, L, _ = case.shape
     lengths = torch.linspace((2 * case.fill - 1) * L, L, B).round().long()
@@ -137,15 +160,16 @@ def _lengths(case: Case) -> list[int]:
 
 
 def _cumulative(case: Case, device: str) -> Tensor:
-    return torch.tensor([0, *_lengths(case)], device=device).cumsum(0)
+    # Summed before it is sent: while memory is poisoned, PyTorch refuses some sums on a GPU.
+    return torch.tensor([0, *lengths_of(case)]).cumsum(0).to(device)
 
 
 def _inputs(case: Case, device: str) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return packed query, key, value and the upstream gradient, [total, H, D]; the same at every call."""
     _, H, _, D = case.shape
-    generator = torch.Generator().manual_seed(SEED)
-    drawn = torch.randn(4, sum(_lengths(case)), H, D, generator=generator)
-    query, key, value, grad_out = drawn.to(device, case.dtype)
+    generator = torch.Generator(device).manual_seed(SEED)
+    drawn = torch.randn(4, sum(lengths_of(case)), H, D, generator=generator, device=device)
+    query, key, value, grad_out = drawn.to(case.dtype)
     return (query, key, value), grad_out
 
 
@@ -155,7 +179,7 @@ def _layout(case: Case, implementation: str, device: str) -> tuple[tuple[Tensor,
     The padded ones are contiguous [B, H, L, D], which suits the peers best.
     """
     inputs, grad_out = _inputs(case, device)
-    if implementation != OURS:
+    if implementation not in PACKED:
         inputs, grad_out = tuple(_pad(case, x) for x in inputs), _pad(case, grad_out)
     return tuple(x.clone().requires_grad_() for x in inputs), grad_out
 
@@ -164,14 +188,14 @@ def _pad(case: Case, x: Tensor) -> Tensor:
     """Return [total, H, D] as [B, H, L, D] with zeros as padding."""
     B, H, L, D = case.shape
     padded = x.new_zeros(B, H, L, D)
-    for b, part in enumerate(x.split(_lengths(case))):
+    for b, part in enumerate(x.split(lengths_of(case))):
         padded[b, :, : len(part)] = part.transpose(0, 1)
     return padded
 
 
 def _unpad(case: Case, x: Tensor) -> Tensor:
     """Return [B, H, L, D] as [total, H, D]."""
-    return torch.cat([x[b, :, :length].transpose(0, 1) for b, length in enumerate(_lengths(case))])
+    return torch.cat([x[b, :, :length].transpose(0, 1) for b, length in enumerate(lengths_of(case))])
 
 
 def _function(case: Case, implementation: str, settings: Settings) -> Callable[..., Tensor]:
@@ -182,12 +206,16 @@ def _function(case: Case, implementation: str, settings: Settings) -> Callable[.
         return lambda q, k, v: nlpfast.varlen_attention(
             q, k, v, cu_seq, cu_seq, L, L, backend=settings.backend
         )
-    lengths = torch.tensor(_lengths(case), device=device)
+    if implementation == "varlen_attn":
+        cu_seq = _cumulative(case, device).to(torch.int32)
+        return lambda q, k, v: varlen_attn(q, k, v, cu_seq, cu_seq, L, L)
+    lengths = torch.tensor(lengths_of(case), device=device)
     if implementation == "nlpfast.attention":
         return lambda q, k, v: nlpfast.attention(q, k, v, key_lengths=lengths, backend=settings.backend)
     real = torch.arange(L, device=device) < lengths.view(-1, 1, 1, 1)
-    if implementation == "sdpa":
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, real)
+    if implementation in SDPA:
+        attend = sdpa(implementation)
+        return lambda q, k, v: attend(q, k, v, real)
     factor, hidden = case.shape[3] ** -0.5, ~real
 
     def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -7,9 +7,15 @@ A benchmark module (`bench_<op>.py`) offers the names `OP`, `CASES`, `OURS`, `PE
 - `flops(case)`: floating-point operations of one step;
 - `unavailable(implementation)`: None, or why it cannot run here;
 - `chosen(case, settings)`: the name of the backend that serves ours;
-- `prepare(case, implementation, settings)`: one training step, as a callable of no arguments;
+- `passes(case, implementation, settings, copies)`: one training step for each copy of the inputs;
 - `errors(case, implementations, settings)`: largest errors of outputs and gradients against float64;
   RuntimeError when ours are wrong.
+
+On a GPU its cases are `CUDA_CASES`, their `goal` and `backward_goal` being against the fastest backend of
+`sdpa`; the peers are `CUDA_PEERS`, for a quick run the first `CUDA_QUICK_PEERS`; and it also offers
+
+- `traffic(case)`: the bytes that a forward and a backward pass must move at the least;
+- `unserved(case, implementation)`: None, or why an implementation does not serve a case.
 
 `run` does the rest for every op.
 """
@@ -21,20 +27,25 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nlpfast.cli import info
 
-Step = Callable[[], object]
+from .gpu import Gpu, Step, Timer, Times, timers_of
+
+T = TypeVar("T")
 Result = dict[str, Any]
 
 WARMUP_ROUNDS = 3
 MIN_ROUNDS = 5
 MAX_ROUNDS = 2000
 SECONDS_PER_STEP = {"quick": 0.8, "full": 1.5}
+# A GPU keeps its pace, and most of a run's time there goes into compiling.
+CUDA_SECONDS_PER_STEP = {"quick": 0.3, "full": 0.5}
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Settings:
     """What is measured.
 
     Attributes:
-        quick: only the cases marked so, only the first peer, and fewer rounds.
+        quick: only the cases marked so, only the first peers, and fewer rounds.
         threads: numbers of CPU threads, by default 1 and torch's own number; a GPU has one row a case.
         backend: the backend of ours, by default the one that a user would get.
         device: where the inputs lie.
@@ -54,13 +65,19 @@ class Settings:
     device: str = "cpu"
 
 
-def run(bench: ModuleType, settings: Settings, progress: Callable[[str], None] = lambda line: None) -> Result:
+def run(
+    bench: ModuleType,
+    settings: Settings,
+    progress: Callable[[str], None] = lambda line: None,
+    gpu: Any = None,
+) -> Result:
     """Measure one op: every case, every peer, every number of threads.
 
     Args:
         bench: a benchmark module.
         settings: what to measure.
         progress: is given one line before each case.
+        gpu: how to time on a GPU; `Gpu(settings.device)` unless that is the CPU.
 
     Returns:
         Plain data for a JSON file: what the machine can do (`rates`), one dictionary a row, and notes.
@@ -70,10 +87,13 @@ def run(bench: ModuleType, settings: Settings, progress: Callable[[str], None] =
     """
     before = torch.get_num_threads()
     counts = settings.threads or tuple(sorted({1, before}))
-    if settings.device != "cpu":
+    if gpu is None and settings.device != "cpu":
+        gpu = Gpu(settings.device)
+    if gpu is not None:
         counts = (before,)
-    names, notes = _implementations(bench, settings)
-    cases = [case for case in bench.CASES if case.quick or not settings.quick]
+    names, notes = _implementations(bench, settings, gpu is not None)
+    all_cases = bench.CASES if gpu is None else bench.CUDA_CASES
+    cases = [case for case in all_cases if case.quick or not settings.quick]
     rates: dict[str, Result] = {}
     rows: list[Result] = []
     try:
@@ -82,7 +102,10 @@ def run(bench: ModuleType, settings: Settings, progress: Callable[[str], None] =
             rates[str(count)] = machine_rates(settings.device)
             for case in cases:
                 progress(f"{bench.OP}: {case.name}, {count} thread{'s' if count > 1 else ''}")
-                rows += _measure_case(bench, case, names, settings, rates[str(count)])
+                if gpu is None:
+                    rows += _measure_case(bench, case, names, settings, rates[str(count)])
+                else:
+                    rows += _measure_on_gpu(bench, case, names, settings, rates[str(count)], gpu, notes)
     finally:
         torch.set_num_threads(before)
     return {
@@ -95,36 +118,45 @@ def run(bench: ModuleType, settings: Settings, progress: Callable[[str], None] =
     }
 
 
-def machine_facts() -> Result:
-    """Return the description of this machine and of the software, as it stands in a results file."""
+def machine_facts(device: str = "cpu") -> Result:
+    """Return the description of this machine and of the software, as it stands in a results file.
+
+    Args:
+        device: whose name is among them, if it is not the CPU.
+    """
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
     return {
-        "machine": info.machine(),
+        "machine": {**info.machine(), **gpu},
         "versions": info.versions(),
         "native": info.native_library(),
     }
 
 
-def interleave(steps: Mapping[str, Step], seconds: float, device: str = "cpu") -> dict[str, list[float]]:
+def interleave(steps: Mapping[str, Step], seconds: float) -> dict[str, list[float]]:
     """Time several steps in turn, A B A B ..., so that a slow phase of the machine falls on all of them.
 
     Args:
         steps: name to a callable of no arguments.
         seconds: how long to go on; at least MIN_ROUNDS rounds are run, at most MAX_ROUNDS.
-        device: a CUDA device is waited for after each step.
 
     Returns:
         Name to the seconds of each round.
     """
+    return take_turns({name: partial(_timed, step) for name, step in steps.items()}, seconds)
+
+
+def take_turns(clocks: Mapping[str, Callable[[], T]], seconds: float) -> dict[str, list[T]]:
+    """Collect what several clocks say, in turn; a clock runs what it times. See `interleave`."""
     for _ in range(WARMUP_ROUNDS):
-        for step in steps.values():
-            _timed(step, device)
-    times: dict[str, list[float]] = {name: [] for name in steps}
+        for clock in clocks.values():
+            clock()
+    times: dict[str, list[T]] = {name: [] for name in clocks}
     end = time.perf_counter() + seconds
     for rounds in range(MAX_ROUNDS):
         if rounds >= MIN_ROUNDS and time.perf_counter() > end:
             break
-        for name, step in steps.items():
-            times[name].append(_timed(step, device))
+        for name, clock in clocks.items():
+            times[name].append(clock())
     return times
 
 
@@ -135,21 +167,23 @@ def machine_rates(device: str = "cpu") -> Result:
         device: where to measure.
 
     Returns:
-        `gemm_gflops`, float32, 1024 x 1024 x 1024; `gemm_16_gflops`, the same in bfloat16; `copy_gbytes`,
-        bytes read plus bytes written in a second.
+        `gemm_gflops`, float32, 1024 x 1024 x 1024, on a GPU 8192 each way; `gemm_16_gflops`, the same in
+        bfloat16; `copy_gbytes`, bytes read plus bytes written in a second.
     """
-    size = 1024
+    size, length = (1024, 2**24) if device == "cpu" else (8192, 2**28)
     left, right = torch.randn(2, size, size, device=device)
     product = torch.empty(size, size, device=device)
     left_16, right_16, product_16 = (x.to(torch.bfloat16) for x in (left, right, product))
-    source = torch.randn(2**24, device=device)
-    target = torch.randn(2**24, device=device)
+    source = torch.randn(length, device=device)
+    target = torch.randn(length, device=device)
     steps = {
         "gemm": lambda: torch.mm(left, right, out=product),
         "gemm_16": lambda: torch.mm(left_16, right_16, out=product_16),
         "copy": lambda: target.copy_(source),
     }
-    best = {name: min(times) for name, times in interleave(steps, 0.5, device).items()}
+    clock = _timed if device == "cpu" else Gpu(device).seconds_of
+    times = take_turns({name: partial(clock, step) for name, step in steps.items()}, 0.5)
+    best = {name: min(each) for name, each in times.items()}
     return {
         "gemm_gflops": round(2 * size**3 / best["gemm"] / 1e9, 1),
         "gemm_16_gflops": round(2 * size**3 / best["gemm_16"] / 1e9, 1),
@@ -174,10 +208,13 @@ def check_errors(case: str, ours: Mapping[str, float], baseline: Mapping[str, fl
             )
 
 
-def _implementations(bench: ModuleType, settings: Settings) -> tuple[list[str], list[str]]:
+def _implementations(
+    bench: ModuleType, settings: Settings, on_gpu: bool = False
+) -> tuple[list[str], list[str]]:
     """Return the names that can run here, ours first, and one note for each that cannot."""
+    peers, few = (bench.CUDA_PEERS, bench.CUDA_QUICK_PEERS) if on_gpu else (bench.PEERS, 1)
     names, notes = [], []
-    for name in [bench.OURS, *(bench.PEERS[:1] if settings.quick else bench.PEERS)]:
+    for name in [bench.OURS, *(peers[:few] if settings.quick else peers)]:
         reason = bench.unavailable(name)
         if reason is None:
             names.append(name)
@@ -190,14 +227,27 @@ def _measure_case(
     bench: ModuleType, case: Any, names: Sequence[str], settings: Settings, rates: Result
 ) -> list[Result]:
     errors = bench.errors(case, names, settings)
-    steps = {name: bench.prepare(case, name, settings) for name in names}
+    steps = {name: bench.passes(case, name, settings, 1)[0].step for name in names}
     seconds = SECONDS_PER_STEP["quick" if settings.quick else "full"] * len(steps)
-    times = interleave(steps, seconds, settings.device)
+    times = interleave(steps, seconds)
+    return _rows(bench, case, settings, rates, times, errors)
+
+
+def _rows(
+    bench: ModuleType,
+    case: Any,
+    settings: Settings,
+    rates: Result,
+    times: Mapping[str, Sequence[float]],
+    errors: Mapping[str, Mapping[str, float]],
+) -> list[Result]:
+    """Return a row for each peer that was timed."""
     ours, backend = times[bench.OURS], bench.chosen(case, settings)
     description = bench.describe(case)
     rate = bench.flops(case) / min(ours) / 1e9
     gemm = rates["gemm_gflops" if description["dtype"] == "float32" else "gemm_16_gflops"]
-    fastest = min(names[1:], key=lambda name: min(times[name]), default=None)
+    peers = [name for name in times if name != bench.OURS]
+    fastest = min(peers, key=lambda name: min(times[name]), default=None)
     return [
         {
             **description,
@@ -209,24 +259,84 @@ def _measure_case(
             "rounds": len(ours),
             "ours_ms": _milliseconds(ours),
             "peer_ms": _milliseconds(times[peer]),
-            "ratio_of_minima": round(min(times[peer]) / min(ours), 3),
-            "ratio_of_medians": round(statistics.median(times[peer]) / statistics.median(ours), 3),
+            **_ratios("ratio", ours, times[peer]),
             "gemm_share": round(rate / gemm, 3),
             "ours_error": errors[bench.OURS],
             "peer_error": errors[peer],
         }
-        for peer in names
-        if peer != bench.OURS
+        for peer in peers
     ]
+
+
+def _measure_on_gpu(
+    bench: ModuleType,
+    case: Any,
+    names: Sequence[str],
+    settings: Settings,
+    rates: Result,
+    gpu: Any,
+    notes: list[str],
+) -> list[Result]:
+    """Return a row for each peer that serves the case, and add a note for each that does not."""
+    timers, errors, said = timers_of(bench, case, names, settings, gpu)
+    notes += said
+    if bench.OURS not in timers:
+        return []
+    seconds = CUDA_SECONDS_PER_STEP["quick" if settings.quick else "full"] * len(timers)
+    times = take_turns({name: timer.times for name, timer in timers.items()}, seconds)
+    steps = {name: [each.step for each in rounds] for name, rounds in times.items()}
+    return [
+        {**row, **_columns(bench, case, row["peer"], times, timers, rates)}
+        for row in _rows(bench, case, settings, rates, steps, errors)
+    ]
+
+
+def _columns(
+    bench: ModuleType,
+    case: Any,
+    peer: str,
+    times: Mapping[str, Sequence[Times]],
+    timers: Mapping[str, Timer],
+    rates: Result,
+) -> Result:
+    """Return what a row has only on a GPU: the passes apart, Python's part, bytes in a second, memory."""
+    pair = {"ours": bench.OURS, "peer": peer}
+    found: Result = {
+        "goal_peer": _fastest_sdpa(times, "step"),
+        "backward_peer": _fastest_sdpa(times, "backward"),
+        "copies": len(timers[peer].passes),
+        "captured": {who: timers[name].refusal is None for who, name in pair.items()},
+        "memory_mb": {who: round(timers[name].memory / 1e6, 1) for who, name in pair.items()},
+    }
+    for part in ("forward", "backward", "latency"):
+        each = {who: [getattr(x, part) for x in times[name]] for who, name in pair.items()}
+        found[f"{part}_ms"] = {who: _milliseconds(seconds) for who, seconds in each.items()}
+        found |= _ratios(f"{part}_ratio", each["ours"], each["peer"])
+    for part, nbytes in zip(("forward", "backward"), bench.traffic(case), strict=True):
+        rate = nbytes / found[f"{part}_ms"]["ours"]["median"] / 1e6
+        found[f"{part}_gbytes"] = round(rate, 1)
+        found[f"{part}_copy_share"] = round(rate / rates["copy_gbytes"], 3)
+    return found
+
+
+def _fastest_sdpa(times: Mapping[str, Sequence[Times]], part: str) -> str | None:
+    """Return the fastest of PyTorch's backends, which the goals are against."""
+    best = {name: min(getattr(x, part) for x in times[name]) for name in times if name.startswith("sdpa")}
+    return min(best, key=best.__getitem__, default=None)
 
 
 def _milliseconds(times: Sequence[float]) -> dict[str, float]:
     return {"min": round(min(times) * 1e3, 4), "median": round(statistics.median(times) * 1e3, 4)}
 
 
-def _timed(step: Step, device: str) -> float:
+def _ratios(name: str, ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
+    return {
+        f"{name}_of_minima": round(min(peer) / min(ours), 3),
+        f"{name}_of_medians": round(statistics.median(peer) / statistics.median(ours), 3),
+    }
+
+
+def _timed(step: Step) -> float:
     start = time.perf_counter()
     step()
-    if device != "cpu":
-        torch.cuda.synchronize()
     return time.perf_counter() - start

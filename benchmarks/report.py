@@ -29,6 +29,22 @@ HEADINGS = (
     "GEMM share",
     "limit",
 )
+# On a GPU; times are medians there.
+GPU_HEADINGS = (
+    "case",
+    "peer",
+    "step us: peer / ours",
+    "ratio",
+    "forward us",
+    "backward us",
+    "backward ratio",
+    "goal",
+    "latency us",
+    "our GB/s",
+    "of a copy",
+    "memory MB",
+    "error",
+)
 LEGEND = """\
 Times are of forward and backward together: minimum / median of rounds in which ours and the peers take turns.
 The ratio is the peer's time over ours, of the minima / of the medians; a goal is met when both reach it.
@@ -37,28 +53,42 @@ float64, over the output and all gradients; in rows with dropout the peer's erro
 its mask cannot be repeated. GEMM share: the rate of ours over that of a large matrix product in the same run,
 in float32 or bfloat16 as the case. Limit: what the ratio would be at a share of 100 %."""
 
+GPU_LEGEND = """\
+A step is a forward and a backward pass, each timed as replays of a CUDA graph over several copies of the
+inputs, which together exceed the cache; a star marks what could not be captured and was launched from Python.
+All pairs are peer / ours, medians of the times, but ratios: of the minima / of the medians. Latency: from
+Python's call of a step until the GPU is done. GB/s, forward / backward: the bytes that must be moved at the
+least over our time; then their share of the rate of a large copy in the same run. Memory: what a step takes
+at most beyond its inputs. Goals are against the fastest backend of PyTorch's own attention."""
+
 
 def slug(machine: Result) -> str:
-    """Return a name for a results file: the processor's model and the number of cores."""
-    model = re.sub(r"\((r|tm)\)", " ", machine["cpu"].lower())
-    return re.sub(r"[^a-z0-9]+", "-", f"{model} {machine['cores']} cores").strip("-")
+    """Return a name for a results file: the processor's model and the number of cores, or the GPU's name."""
+    name = machine.get("gpu", f"{machine['cpu']} {machine['cores']} cores").lower()
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", " ", name)).strip("-")
 
 
 def verdict(row: Result) -> str:
     """Return which goals a row has and whether they are met, as it stands in the table."""
-    ratio = min(row["ratio_of_minima"], row["ratio_of_medians"])
-    against = ((row["goal_peer"], row["goal"], ""), (row.get("best_peer"), row.get("best_goal"), "best "))
-    goals = [
-        f"{which}>= {goal:g} {'met' if ratio >= goal else 'MISSED'}"
-        for peer, goal, which in against
-        if goal is not None and peer == row["peer"]
-    ]
+    against = (
+        (row["goal_peer"], row["goal"], "", "ratio"),
+        (row.get("best_peer"), row.get("best_goal"), "best ", "ratio"),
+        (row.get("backward_peer"), row.get("backward_goal"), "backward ", "backward_ratio"),
+    )
+    goals = []
+    for peer, goal, which, name in against:
+        if goal is not None and peer == row["peer"]:
+            ratio = min(row[f"{name}_of_minima"], row[f"{name}_of_medians"])
+            goals.append(f"{which}>= {goal:g} {'met' if ratio >= goal else 'MISSED'}")
     return ", ".join(goals) or "-"
 
 
 def table(result: Result) -> str:
     """Lay out the rows of one op as a Markdown table, padded so that it also reads well on a terminal."""
-    return markdown([HEADINGS, *(_cells(row) for row in result["rows"])])
+    rows = result["rows"]
+    if _on_gpu(result):
+        return markdown([GPU_HEADINGS, *(_gpu_cells(row) for row in rows)])
+    return markdown([HEADINGS, *(_cells(row) for row in rows)])
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -80,9 +110,10 @@ def section(op: str, result: Result) -> str:
     ]
     backends = ", ".join(sorted({row["backend"] for row in result["rows"]}))
     head = f"{op}: backend {backends}, device {result['device']}, {result['date']}"
+    legend = [GPU_LEGEND, ""] if _on_gpu(result) else []
     quick = ["Quick run: few rounds, so the figures are rough."] if result["quick"] else []
     tail = [f"Goals: {len(goals) - len(missed)} of {len(goals)} met.", *quick, *rates, *result["notes"]]
-    return "\n".join([f"## {head}", "", table(result), "", *(f"- {line}" for line in tail)])
+    return "\n".join([f"## {head}", "", *legend, table(result), "", *(f"- {line}" for line in tail)])
 
 
 def page(files: Sequence[Path]) -> str:
@@ -91,7 +122,8 @@ def page(files: Sequence[Path]) -> str:
     for path in files:
         data = json.loads(path.read_text(encoding="utf-8"))
         facts = {**data["machine"], **data["versions"], **data["native"]}
-        parts.append(f"# {data['machine']['cpu']}, {data['machine']['cores']} cores ({path.name})")
+        name = data["machine"].get("gpu", f"{data['machine']['cpu']}, {data['machine']['cores']} cores")
+        parts.append(f"# {name} ({path.name})")
         parts.append(markdown([("what", "value"), *facts.items()]))
         parts += [section(op, result) for op, result in data["ops"].items()]
     return "\n\n".join(parts) + "\n"
@@ -144,6 +176,33 @@ def _cells(row: Result) -> tuple[str, ...]:
         f"{max(row['ours_error'].values()):.1e}",
         f"{row['gemm_share']:.0%}",
         f"{row['ratio_of_minima'] / row['gemm_share']:.1f}" if row["gemm_share"] else "-",
+    )
+
+
+def _on_gpu(result: Result) -> bool:
+    return any("backward_ms" in row for row in result["rows"])
+
+
+def _gpu_cells(row: Result) -> tuple[str, ...]:
+    def pair(times: Result) -> str:
+        stars = {who: "" if captured else "*" for who, captured in row["captured"].items()}
+        return " / ".join(f"{times[who]['median'] * 1e3:.1f}{stars[who]}" for who in ("peer", "ours"))
+
+    errors = (max(row[f"{who}_error"].values()) for who in ("peer", "ours"))
+    return (
+        row["name"],
+        row["peer"],
+        pair({"peer": row["peer_ms"], "ours": row["ours_ms"]}),
+        f"{row['ratio_of_minima']:.2f} / {row['ratio_of_medians']:.2f}",
+        pair(row["forward_ms"]),
+        pair(row["backward_ms"]),
+        f"{row['backward_ratio_of_minima']:.2f} / {row['backward_ratio_of_medians']:.2f}",
+        verdict(row),
+        " / ".join(f"{row['latency_ms'][who]['median'] * 1e3:.0f}" for who in ("peer", "ours")),
+        f"{row['forward_gbytes']:.0f} / {row['backward_gbytes']:.0f}",
+        f"{row['forward_copy_share']:.0%} / {row['backward_copy_share']:.0%}",
+        f"{row['memory_mb']['peer']:.0f} / {row['memory_mb']['ours']:.0f}",
+        " / ".join(f"{error:.1e}" for error in errors),
     )
 
 
