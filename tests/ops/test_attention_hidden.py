@@ -96,3 +96,44 @@ def test_scores_of_minus_infinity_weigh_nothing(backend: str, S: int, hidden: in
     torch.testing.assert_close(out, expected)
     assert not grad[:, :, :hidden].any() and grad.isfinite().all()
     assert lse.isneginf().all() == (hidden == S)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_garbage_in_hidden_keys_or_values_alone(
+    backend: str, kind: str, where: str, garbage: float, dtype: torch.dtype
+) -> None:
+    """One of the two is clean, and must not stand for the other."""
+    mask = (torch.arange(9) < 4).unsqueeze(0)
+    if kind == "float":
+        mask = torch.zeros(1, 9).masked_fill(~mask, -math.inf)
+    clean = make_inputs(2, 2, 4, 9, 8, dtype=dtype)
+    if not served(backend, clean, attn_mask=mask):
+        return
+    dirty = tuple(x.clone() for x in clean)
+    dirty[1 if where == "keys" else 2][:, :, 4:] = garbage
+    upstream = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4)
+    expected, actual = (
+        run(backend, tuple(x.requires_grad_() for x in side), upstream, attn_mask=mask)
+        for side in (clean, dirty)
+    )
+    for name, a, e in zip(NAMES, actual, expected, strict=False):
+        assert torch.equal(a, e), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_keys_of_minus_infinity_that_one_head_of_a_group_sees(backend: str, dtype: torch.dtype) -> None:
+    """Such a key weighs nothing for the head that sees it, and is no garbage to be cleaned for it."""
+    query, key, value = torch.ones(1, 2, 3, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 3)
+    key[:, :, 2] = -math.inf
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    mask = torch.ones(1, 2, 3, 5, dtype=torch.bool)
+    mask[:, 0, :, 2] = False
+    value.requires_grad_()
+    if not served(backend, (query, key, value), attn_mask=mask, enable_gqa=True):
+        return
+    out = attention(query, key, value, mask, enable_gqa=True, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), value)
+    assert grad.isfinite().all() and not grad[:, :, 2].any() and grad[:, :, [0, 1, 3, 4]].all()
