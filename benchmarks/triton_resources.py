@@ -142,9 +142,9 @@ def table() -> list[Request]:
     """Return the requests that lead to every line of CONFIGS, with all that such a line may have to serve."""
     lines = sorted({(size, D, masked) for _, size, D, masked in triton_configs.CONFIGS})
     return [
-        TRAINING._replace(size=size, D=D, mask="added" * masked, mask_gradient=gradient)
+        TRAINING._replace(size=size, D=D, mask="added" * masked, mask_gradient=gradient, dropout=dropout)
         for size, D, masked in lines
-        for gradient in {masked, False}
+        for gradient, dropout in ((masked, True), (False, True), (False, False))
     ]
 
 

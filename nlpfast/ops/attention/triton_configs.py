@@ -20,12 +20,13 @@ class Config(NamedTuple):
 
 
 # By kernel, bytes of an element, head size (the larger of D and Dv, up to the next of these) and whether
-# there is a mask, which takes registers. "whole" and "whole_64" are _bwd_kernel with all
-# keys in one tile, "owned" is the same kernel with several.
+# there is a mask, which takes registers. "fwd_dropout" goes before "fwd" where there is one; "whole" and
+# "whole_64" are _bwd_kernel with all keys in one tile, "owned" is the same kernel with several.
 CONFIGS: dict[tuple[str, int, int, bool], Config] = {
     ("fwd", 2, 32, False): Config(128, 64, 8, 2),
     ("fwd", 2, 32, True): Config(64, 32, 4, 2),
-    ("fwd", 2, 64, False): Config(64, 32, 4, 2),
+    ("fwd", 2, 64, False): Config(128, 64, 8, 2),
+    ("fwd_dropout", 2, 64, False): Config(64, 32, 4, 2),
     ("fwd", 2, 64, True): Config(64, 32, 4, 1),
     ("fwd", 2, 128, False): Config(64, 32, 4, 2),
     ("fwd", 2, 128, True): Config(32, 32, 4, 1),

@@ -41,9 +41,7 @@ Line = tuple[str, int, int, bool]
 class Launch:
     """A kernel with all its arguments but the pointers."""
 
-    def __init__(
-        self, kernel: Any, line: Line, programs: int, numbers: tuple[Any, ...], constants: dict[str, Any]
-    ) -> None:
+    def __init__(self, kernel: Any, line: Line, programs: int, numbers: tuple[Any, ...], **constants: Any):
         """Take strides and numbers in the kernel's order, and what it is compiled for by name."""
         self.kernel, self.line, self.programs, self.numbers = kernel, line, programs, numbers
         self.constants = constants
@@ -94,7 +92,6 @@ class Call:
         self.L, self.S, self.D, self.Dv = max_q, max_k, query.shape[-1], value.shape[-1]
         self.dtype, self.device = query.dtype, query.device
         self.strides = tuple(self.strides_of(x) for x in (query, key, value))
-        # Of what there is one number a row of.
         self.row_strides = (0 if self.packed else self.H * self.rows, self.rows)
         self.mask_kind = 0
         self.mask_shape: Strides = ()
@@ -142,6 +139,10 @@ class Call:
         """Return how a kernel is compiled."""
         return CONFIGS[self.line(kind)]
 
+    def forward_kind(self) -> str:
+        """Return the kernel of CONFIGS that computes the output."""
+        return "fwd_dropout" if self.features["DROPOUT"] and self.line("fwd_dropout") in CONFIGS else "fwd"
+
     def backward_kind(self, mask_gradient: bool) -> str:
         """Return the kernel that computes the gradients; "dq" stands for those that share out the tiles."""
         many, short = self.B * self.Hk >= MIN_OWNED_HEADS, max(self.L, self.S) <= MAX_OWNED
@@ -155,7 +156,7 @@ class Call:
     def launch(self, kernel: Any, kind: str, programs: int, *strides: Any, **constants: Any) -> Launch:
         """Return a kernel as CONFIGS has it for its kind."""
         constants = {**self.features, **constants, **self.config(kind)._asdict()}
-        return Launch(kernel, self.line(kind), programs, (*strides, *self.numbers), constants)
+        return Launch(kernel, self.line(kind), programs, (*strides, *self.numbers), **constants)
 
 
 def _block(D: int) -> int:
@@ -221,9 +222,10 @@ def _run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value, mask, lengths, prefix, cu_q, cu_k, _, _, seed, *_ = arguments
     out, lse, stats = _new_forward(call, query)
     if call.forward is None:
-        programs = call.B * call.H * triton.cdiv(call.L, call.config("fwd").BLOCK_M)
+        kind = call.forward_kind()
+        programs = call.B * call.H * triton.cdiv(call.L, call.config(kind).BLOCK_M)
         strides = (*call.strides, call.mask_strides, call.strides_of(out), call.row_strides)
-        call.forward = call.launch(_fwd_kernel, "fwd", programs, *strides)
+        call.forward = call.launch(_fwd_kernel, kind, programs, *strides)
     masks = (mask, _dense(lengths), _dense(prefix), _dense(cu_q), _dense(cu_k), _dense(seed))
     with _current(query):
         call.forward(query, key, value, *masks, out, lse, stats if call.keeps_stats else None)
@@ -340,11 +342,9 @@ def _register() -> None:
         return _new_forward(Call(*arguments), arguments[0])
 
     @backward.register_fake
-    def _(
-        grad_out: Tensor, grad_lse: Any, out: Tensor, stats: Tensor, mask_gradient: bool, *arguments: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        query, key, value, attn_mask, *_ = arguments
-        return _new_backward(Call(*arguments), query, key, value, attn_mask, mask_gradient)
+    def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mask_gradient, query, key, value, attn_mask, *_ = arguments[4:]
+        return _new_backward(Call(*arguments[5:]), query, key, value, attn_mask, mask_gradient)
 
 
 _register()
