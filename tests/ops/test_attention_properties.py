@@ -244,6 +244,18 @@ def test_backward_drops_what_forward_dropped(backend: str) -> None:
     torch.testing.assert_close(dv[..., :19], kept[..., :19, :].mT[..., :19])
 
 
+@pytest.mark.parametrize(("L", "S"), [(70, 300), (300, 70), (200, 200)])
+def test_dropout_over_several_tiles(backend: str, L: int, S: int) -> None:
+    tensors = make_inputs(1, 2, L, S, 16, requires_grad=True)
+    upstream = torch.randn(1, 2, L, 16)
+    results = []
+    for name in (backend, "reference"):
+        out = attention(*tensors, dropout_p=0.3, is_causal=True, seed=4, backend=name)
+        results.append([out.detach(), *torch.autograd.grad(out, tensors, upstream)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_probability_zero_and_one(backend: str) -> None:
     tensors = make_inputs(2, 3, 9, 7, 8, requires_grad=True)
     plain = attention(*tensors, backend=backend)
