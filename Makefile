@@ -65,14 +65,21 @@ sanitize: $(INSTALLED)
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest tests/ops --hypothesis-profile=soak -k properties
 
-# Uses PYTHON as it is: no virtual environment, no network.
+# Uses PYTHON as it is, with torch and triton: no virtual environment, no network, no native library. Most of the
+# time goes into compiling kernels; with pytest-xdist, PYTEST_ADDOPTS='-n 8' compiles on as many cores.
 gpu:
 	@if ! $(PYTHON) -c 'import torch' 2>/dev/null && command -v nvidia-smi >/dev/null; then \
 		echo "make gpu: $(PYTHON) has no torch; name an interpreter that has it: make gpu PYTHON=..." >&2; exit 2; \
 	elif ! $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 		echo "make gpu: PyTorch sees no CUDA device here: nothing to do"; \
 	else \
-		$(PYTHON) -m pytest tests -m cuda || [ $$? -eq 5 ] && $(PYTHON) -m nlpfast bench --quick --device cuda; \
+		missing=$$($(PYTHON) -c 'from importlib.util import find_spec; \
+			print(*(name for name in ("triton", "pytest", "hypothesis") if find_spec(name) is None))'); \
+		if [ -n "$$missing" ]; then \
+			echo "make gpu: $(PYTHON) lacks $$missing: $(PYTHON) -m pip install $$missing" >&2; exit 2; \
+		fi; \
+		mkdir -p benchmarks/results && $(PYTHON) -m pytest tests -m cuda && \
+			$(PYTHON) -m nlpfast bench --quick --device cuda --output benchmarks/results; \
 	fi
 
 clean:

@@ -31,17 +31,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With TRITON_INTERPRET=1 run what concerns the Triton backend, as far as the interpreter can bear it."""
+    """Leave out what needs a CUDA device where there is none.
 
-    def bearable(item: pytest.Item) -> bool:
+    With TRITON_INTERPRET=1 run what concerns the Triton backend alone, as far as the interpreter can bear it.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+    def wanted(item: pytest.Item) -> bool:
+        if item.get_closest_marker("cuda") is not None and (interpreted or not torch.cuda.is_available()):
+            return False
         values = getattr(getattr(item, "callspec", None), "params", {})
         concerns = values.get("backend") == "triton" or getattr(item.module, "INTERPRETED", False)
         served = values.get("dtype", torch.float32) in (torch.float32, torch.float64)
-        return concerns and served and item.get_closest_marker("long") is None
+        return not interpreted or (concerns and served and item.get_closest_marker("long") is None)
 
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        config.hook.pytest_deselected(items=[item for item in items if not bearable(item)])
-        items[:] = [item for item in items if bearable(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
 
 
 @pytest.fixture(autouse=True)

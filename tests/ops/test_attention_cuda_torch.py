@@ -18,6 +18,7 @@ from test_attention_cuda import (
     backward_kind,
     drawn,
     features,
+    launch,
     pytestmark,  # noqa: F401  (the marks of this module too)
     results,
 )
@@ -35,7 +36,7 @@ KINDS = ("whole_64", "owned", "dq")
 
 
 def reaching(kind: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Query, key and value of a call whose gradients this kernel computes, and an upstream gradient."""
+    """Inputs of a call whose gradients this kernel computes, and an upstream gradient."""
     B, H, Hk, L, S = REACHED[kind]
     tensors = drawn(B, H, L, S, 32, Hk=Hk, dtype=dtype)
     assert backward_kind(tensors) == kind
@@ -57,7 +58,6 @@ def test_threads_equal_serial_calls() -> None:
     parallel: list = [None] * 8
 
     def work(i: int) -> None:
-        # A stream of its own, as threads that share a device have.
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(20):
                 parallel[i] = results(tensors, upstream, dropout_p=0.3, seed=i)
@@ -238,9 +238,7 @@ def test_checkpointing(reentrant: bool) -> None:
         return attention(*tensors, enable_gqa=True, dropout_p=0.3, backend="triton") * 2
 
     def recomputed(*tensors: Tensor) -> Tensor:
-        out = checkpoint(call, *tensors, use_reentrant=reentrant)
-        assert isinstance(out, Tensor)
-        return out
+        return checkpoint(call, *tensors, use_reentrant=reentrant)
 
     def gradients(function: Callable) -> list[Tensor]:
         tensors = [x.detach().clone().requires_grad_() for x in drawn_once]
@@ -293,7 +291,8 @@ def test_more_than_2_to_the_31_elements(B: int, H: int, L: int) -> None:
     assert x.numel() > 2**31
     upstream = torch.randn(1, 1, L, 64, device=DEVICE).to(torch.bfloat16).expand(x.shape)
     whole = results((x, x, x), upstream)
-    for part in (slice(0, 8), slice(B - 8, B)):
+    few = max(8, launch.MIN_OWNED_HEADS // H)
+    for part in (slice(0, few), slice(B - few, B)):
         assert_equal([y[part] for y in whole], results((x[part],) * 3, upstream[part]))
     del whole, x
     torch.cuda.empty_cache()
@@ -313,7 +312,7 @@ def test_mask_of_more_than_2_to_the_31_elements(kind: str) -> None:
     alone = results((tensors[0][:, :, -64:], *tensors[1:]), upstream[:, :, -64:], attn_mask=rows)
     expected = [alone[0], alone[1], alone[2], *alone[5:]]
     for a, e in zip((out, lse, dq, *dmask), expected, strict=True):
-        torch.testing.assert_close(a[:, :, -64:], e, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(a[:, :, -64:], e, rtol=2e-2, atol=1e-5)
     del mask, dmask
     torch.cuda.empty_cache()
 
@@ -349,6 +348,6 @@ def test_compute_sanitizer(tool: str) -> None:
     except subprocess.TimeoutExpired:
         pytest.skip(f"{tool} takes more than two minutes on this machine")
     printed = done.stdout + done.stderr
-    if "not supported" in printed:
+    if "Device not supported" in printed:
         pytest.skip("compute-sanitizer does not support this device")
     assert done.returncode == 0 and "all kernels ran" in printed, printed[-4000:]
