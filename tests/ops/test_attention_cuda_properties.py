@@ -12,7 +12,7 @@ from test_attention_cuda import (
     drawn,
     moved,
     on_device,  # noqa: F401  (a fixture)
-    pytestmark,  # noqa: F401  (the marks of this module too)
+    pytestmark,  # noqa: F401  (the mark of this module too)
     results,
 )
 

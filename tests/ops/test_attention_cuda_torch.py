@@ -19,7 +19,7 @@ from test_attention_cuda import (
     drawn,
     features,
     launch,
-    pytestmark,  # noqa: F401  (the marks of this module too)
+    pytestmark,  # noqa: F401  (the mark of this module too)
     results,
 )
 from torch import Tensor

@@ -140,7 +140,8 @@ def test_checkpointing(backend: str, reentrant: bool, dropout_p: float) -> None:
 def test_same_bits_250_times(backend: str, dtype: torch.dtype) -> None:
     tensors = inputs(65, 70, dtype=dtype)
     expected = run(attention, tensors, dropout_p=0.2, seed=1, is_causal=True, backend=backend)
-    for _ in range(250):
+    # The interpreter takes a second each time; on a device 250 times are in test_attention_cuda_torch.py.
+    for _ in range(10 if backend == "triton" else 250):
         assert_equal(
             run(attention, tensors, dropout_p=0.2, seed=1, is_causal=True, backend=backend), expected
         )
