@@ -26,8 +26,9 @@ test: test-cpu test-triton
 test-cpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests
 
+test-triton: TRITON_TESTS ?= tests/ops
 test-triton: $(INSTALLED)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

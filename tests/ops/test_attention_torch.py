@@ -147,6 +147,7 @@ def test_same_bits_250_times(backend: str, dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["causal", "dropout"])
 @pytest.mark.parametrize(("B", "H", "L"), [(1, 1, 300), (3, 5, 129), (16, 8, 33)])
@@ -164,6 +165,8 @@ def test_thread_counts_agree(backend: str, variant: str, B: int, H: int, L: int,
     assert_equal(results[2], results[0])
 
 
+# The interpreter has one state for all threads.
+@pytest.mark.long
 def test_sixteen_threads_equal_serial_calls(backend: str) -> None:
     cases = [inputs(20 + i, 17, seed=i) for i in range(16)]
     serial = [run(attention, case, dropout_p=0.1, seed=i, backend=backend) for i, case in enumerate(cases)]

@@ -157,8 +157,8 @@ def test_equals_attention_of_each_sequence(backend: str, dtype: torch.dtype, cau
         expected = [out.detach(), lse.detach(), *gradients(out, lse, parts, (grad, grad_lse))]
         mine = of_sequence(b, batch, tuple(actual[:3]), tuple(actual[3:]))
         for name, a, e in zip(NAMES, mine, expected, strict=True):
-            # The definition pads, and a sum over a longer row may be taken in another order.
-            if backend == "reference":
+            # The definition pads, Triton's kernels are chosen by the longest sequence: sums in another order.
+            if backend != "cpu":
                 torch.testing.assert_close(a, e)
             else:
                 assert torch.equal(a, e), f"{name} of sequence {b}: {(a - e).abs().max()}"

@@ -91,6 +91,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert_equal(inside, [*outside[:2], *(x.float() for x in outside[2:])])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", ["bottom_right", "dropout"])
 @pytest.mark.parametrize("lengths", [[300], [1] * 40, [70, 3, 0, 129, 40]], ids=str)
