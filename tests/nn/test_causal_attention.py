@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nlpfast import nn as fast
 from nlpfast.nn import CausalSelfAttention
+from nlpfast.nn import causal_attention as fast
 
 B, T, C, H = 2, 7, 12, 3
 

@@ -1,0 +1,140 @@
+"""Attention classes as users have them, in eager PyTorch: the twins that nlpfast's modules stand in for.
+
+Names, constructors, state dicts and results are those of minGPT (2020 and 2023), nanoGPT, CS224N's assignment 5,
+minBERT, and the BERT of Hugging Face transformers 4.x.
+"""
+
+import math
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def gpt_config(**changes):
+    fields = {"n_embd": 12, "n_head": 3, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "block_size": 16}
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def bert_config(**changes):
+    fields = {"hidden_size": 12, "num_attention_heads": 3, "attention_probs_dropout_prob": 0.0}
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def heads_first(x: Tensor, H: int) -> Tensor:
+    return x.view(x.shape[0], x.shape[1], H, -1).transpose(1, 2)
+
+
+def rows_first(y: Tensor) -> Tensor:
+    return y.transpose(1, 2).flatten(2)
+
+
+class _SeparateProjections(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.key, self.query, self.value = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+        self.attn_drop, self.resid_drop = nn.Dropout(config.attn_pdrop), nn.Dropout(config.resid_pdrop)
+        self.proj = nn.Linear(C, C)
+        square = torch.ones(config.block_size, config.block_size)
+        self.register_buffer("mask", square.tril()[None, None])
+        self.n_head = config.n_head
+
+    def _mix(self, x_q, x_kv):
+        q, k, v = (
+            heads_first(layer(x), self.n_head)
+            for layer, x in ((self.query, x_q), (self.key, x_kv), (self.value, x_kv))
+        )
+        scores = q @ k.mT / math.sqrt(k.shape[-1])
+        hidden = self.mask[:, :, : q.shape[2], : k.shape[2]] == 0
+        weights = self.attn_drop(scores.masked_fill(hidden, -1e10).softmax(-1))
+        return self.resid_drop(self.proj(rows_first(weights @ v)))
+
+
+class CausalSelfAttention(_SeparateProjections):
+    def forward(self, x, layer_past=None):
+        return self._mix(x, x)
+
+
+class CausalCrossAttention(_SeparateProjections):
+    def forward(self, x_kv, x_q):
+        return self._mix(x_q, x_kv)
+
+
+class _PackedProjection(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, bias = config.n_embd, getattr(config, "bias", True)
+        dropout = getattr(config, "dropout", None)
+        self.c_attn, self.c_proj = nn.Linear(C, 3 * C, bias=bias), nn.Linear(C, C, bias=bias)
+        self.attn_dropout = nn.Dropout(config.attn_pdrop if dropout is None else dropout)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop if dropout is None else dropout)
+        square = torch.ones(config.block_size, config.block_size)
+        self.register_buffer("bias", square.tril()[None, None])
+        self.n_head, self.n_embd = config.n_head, C
+
+    def forward(self, x):
+        q, k, v = (heads_first(part, self.n_head) for part in self.c_attn(x).split(self.n_embd, 2))
+        scores = q @ k.mT / math.sqrt(k.shape[-1])
+        hidden = self.bias[:, :, : x.shape[1], : x.shape[1]] == 0
+        weights = self.attn_dropout(scores.masked_fill(hidden, -math.inf).softmax(-1))
+        return self.resid_dropout(self.c_proj(rows_first(weights @ v)))
+
+
+# minGPT's class of 2023 has the name of that of 2020.
+Packed = type("CausalSelfAttention", (_PackedProjection,), {"__module__": __name__})
+
+
+class _Bert(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, self.num_attention_heads = config.hidden_size, config.num_attention_heads
+        self.attention_head_size, self.all_head_size = C // self.num_attention_heads, C
+        self.query, self.key, self.value = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def _mix(self, q, k, v, mask):
+        scores = q @ k.mT / math.sqrt(self.attention_head_size)
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        return rows_first(self.dropout(weights) @ v)
+
+
+class BertSelfAttention(_Bert):
+    """As minBERT has it."""
+
+    def transform(self, x, linear_layer):
+        return heads_first(linear_layer(x), self.num_attention_heads)
+
+    def attention(self, key, query, value, attention_mask):
+        return self._mix(query, key, value, attention_mask)
+
+    def forward(self, hidden_states, attention_mask):
+        k, v, q = (self.transform(hidden_states, part) for part in (self.key, self.value, self.query))
+        return self.attention(k, q, v, attention_mask)
+
+
+class _TupleBert(_Bert):
+    def transpose_for_scores(self, x):
+        return heads_first(x, self.num_attention_heads)
+
+    def forward(self, hidden_states, attention_mask=None, head_mask=None, output_attentions=False):
+        q, k, v = (
+            self.transpose_for_scores(part(hidden_states)) for part in (self.query, self.key, self.value)
+        )
+        return (self._mix(q, k, v, attention_mask),)
+
+
+TupleBert = type("BertSelfAttention", (_TupleBert,), {"__module__": __name__})
+
+
+class Layer(nn.Module):
+    """A pre-norm block round an attention class."""
+
+    def __init__(self, attention: nn.Module, C: int = 12):
+        super().__init__()
+        self.ln, self.attn, self.mlp = nn.LayerNorm(C), attention, nn.Linear(C, C)
+
+    def forward(self, x, *others):
+        y = self.attn(self.ln(x), *others)
+        return x + F.gelu(self.mlp(y[0] if isinstance(y, tuple) else y))
