@@ -132,6 +132,6 @@ def _refuse_unserved(
 
 def _unserved(name: str, reason: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{name} was passed to attn_implementation={NAME!r} and {reason}: "
-        'use attn_implementation="sdpa" or "eager" for this call'
+        f'{name} was passed to attn_implementation="{NAME}" and {reason}: '
+        'use attn_implementation="eager" for this call'
     )

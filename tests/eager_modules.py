@@ -1,7 +1,7 @@
 """Attention classes as users have them, in eager PyTorch: the twins that nlpfast's modules stand in for.
 
-Names, constructors, state dicts and results are those of minGPT (2020 and 2023), nanoGPT, CS224N's assignment 5,
-minBERT, and the BERT of Hugging Face transformers 4.x.
+Names, constructors, state dicts and results are those of minGPT (2020 and 2023), nanoGPT, CS224N's assignment
+5, minBERT, and the BERT of Hugging Face transformers 4.x.
 """
 
 import math

@@ -63,13 +63,24 @@ def with_gradients(
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("L", "S", "D", "Dv", "H", "Hk"), SHAPES)
-def test_bfloat16_no_worse_than_eager(
-    backend: str, L: int, S: int, D: int, Dv: int, H: int, Hk: int, mask: str, dropout_p: float
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+def test_no_worse_than_eager(
+    backend: str,
+    dtype: torch.dtype,
+    *,
+    L: int,
+    S: int,
+    D: int,
+    Dv: int,
+    H: int,
+    Hk: int,
+    mask: str,
+    dropout_p: float,
 ) -> None:
     B = 2
-    tensors = make_inputs(B, H, L, S, D, Hk=Hk, Dv=Dv, dtype=torch.bfloat16, requires_grad=True)
+    tensors = make_inputs(B, H, L, S, D, Hk=Hk, Dv=Dv, dtype=dtype, requires_grad=True)
     causal, arguments = masks(mask, B, H, L, S)
-    upstream = torch.randn(B, H, L, Dv).bfloat16(), torch.randn(B, H, L)
+    upstream = torch.randn(B, H, L, Dv).to(dtype), torch.randn(B, H, L)
     outputs = attention(
         *tensors,
         **arguments,
@@ -89,9 +100,9 @@ def test_bfloat16_no_worse_than_eager(
     options = {"allowed": allowed, "keep": keep, "dropout_p": dropout_p}
     sizes = rounding_sizes(*tensors, *upstream, added, **options)
     results = []
-    for dtype in (torch.bfloat16, torch.float64):
-        inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]
-        wide = None if added is None else added.to(dtype)
+    for kind in (dtype, torch.float64):
+        inputs = [x.detach().to(kind).requires_grad_() for x in tensors]
+        wide = None if added is None else added.to(kind)
         results.append(with_gradients(eager_attention(*inputs, wide, **options), inputs, upstream))
     for name, a, e, r in zip(NAMES, actual, *results, strict=True):
         size = sizes[name]

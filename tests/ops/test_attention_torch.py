@@ -224,9 +224,18 @@ def test_expanded_inputs_and_upstream(backend: str, S: int) -> None:
 
 
 @pytest.mark.parametrize("layout", list(layouts(torch.zeros(1, 1, 1, 1))))
-@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.bfloat16], ids=str)
-def test_layouts_of_a_mask_give_the_same_bits(backend: str, layout: str, kind: torch.dtype) -> None:
-    tensors = inputs(33, 65, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        *[(torch.float32, torch.bool), (torch.float32, torch.float32)],
+        *[(torch.bfloat16, torch.bool), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ],
+    ids=str,
+)
+def test_layouts_of_a_mask_give_the_same_bits(
+    backend: str, layout: str, dtype: torch.dtype, kind: torch.dtype
+) -> None:
+    tensors = inputs(33, 65, dtype=dtype)
     mask = torch.randn(2, 4, 33, 65) if kind != torch.bool else torch.rand(2, 4, 33, 65) < 0.7
     laid = layouts(torch.where(mask, 1.0, 0.0))[layout] != 0 if kind == torch.bool else None
     if kind == torch.bool:
