@@ -4,12 +4,12 @@ import copy
 import pickle
 import re
 
-import eager_modules as eager
 import pytest
 import torch
 from torch import nn
 
 import nlpfast
+from benchmarks import originals as eager
 from nlpfast import nn as fast
 
 B, T, C = 2, 7, 12
@@ -64,7 +64,7 @@ def test_results_gradients_and_state_dict_are_those_of_the_twin(name, dtype, tol
     before, after = model(build, dtype), model(build, dtype)
     parameters = dict(after.named_parameters())
     assert nlpfast.accelerate(after) is after
-    assert "2 x eager_modules." in capsys.readouterr().out
+    assert "2 x benchmarks.originals." in capsys.readouterr().out
     assert all(type(layer.attn) is ours for layer in after)
     assert list(after.state_dict()) == list(before.state_dict())
     assert all(parameters[key] is p for key, p in after.named_parameters())
@@ -107,7 +107,7 @@ def test_what_is_printed(capsys):
     )
     nlpfast.accelerate(stack)
     assert capsys.readouterr().out.splitlines() == [
-        "nlpfast: 2 x eager_modules.CausalSelfAttention -> nlpfast.nn.CausalSelfAttention "
+        "nlpfast: 2 x benchmarks.originals.CausalSelfAttention -> nlpfast.nn.CausalSelfAttention "
         "(gpt.0.attn, gpt.1.attn)",
         "nlpfast: 5 x torch.nn.modules.activation.MultiheadAttention -> nlpfast.nn.MultiheadAttention "
         "(many.0, many.1, and 3 more)",

@@ -14,6 +14,9 @@ from types import ModuleType
 
 from nlpfast.cli.options import UsageError
 
+# The benchmark of nlpfast.accelerate, besides those of the ops.
+MODELS = "modules"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb.
@@ -21,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: the verb's own parser.
     """
-    parser.add_argument("op", nargs="?", choices=ops(), help="the op to measure (all)")
+    parser.add_argument(
+        "op",
+        nargs="?",
+        choices=[*ops(), MODELS],
+        help=f"the op to measure, or {MODELS}: whole models before and after the switch, on a CPU (all)",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="fewer sizes: 25 seconds on a CPU, 3 minutes on a GPU"
     )
@@ -57,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from nlpfast.train.device import resolve_device
 
-    names = [args.op] if args.op else ops()
     path: Path | None = args.output
     if path is not None and not path.parent.is_dir():
         raise UsageError(f"--output {path}: there is no folder {path.parent}, create it first")
     device = str(resolve_device(args.device))
+    names = _names(args.op, device, args.backend)
     _check_backend(args.backend, names)
     measure, report = benchmark_module("measure"), benchmark_module("report")
     facts = measure.machine_facts(device)
@@ -83,6 +91,16 @@ def ops() -> list[str]:
     """Return the names of the ops that this installation has."""
     folder = Path(__file__).parents[1] / "ops"
     return sorted(entry.parent.name for entry in folder.glob("*/reference.py"))
+
+
+def _names(asked: str | None, device: str, backend: str | None) -> list[str]:
+    """Return what to measure: models are switched to the backend of their device, and timed on the CPU."""
+    models = device == "cpu" and backend is None
+    if asked == MODELS and not models:
+        raise UsageError(
+            f"{MODELS} is measured on the CPU with the backend that nlpfast chooses: drop the option"
+        )
+    return [asked] if asked else [*ops(), *([MODELS] if models else [])]
 
 
 def _check_backend(backend: str | None, names: list[str]) -> None:

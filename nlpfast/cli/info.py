@@ -76,6 +76,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _installed("triton"),
         "numpy": _installed("numpy"),
+        "transformers": _installed("transformers"),
     }
 
 

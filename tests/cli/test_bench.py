@@ -20,6 +20,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "PEERS", ("sdpa",))
     varlen = bench.benchmark_module("bench_varlen_attention")
     monkeypatch.setattr(varlen, "CASES", (varlen.Case((2, 2, 9, 4), goal=1e9),))
+    modules = bench.benchmark_module("bench_modules")
+    for name, size in {"B": 2, "T": 9, "C": 16, "H": 2, "M": 4}.items():
+        monkeypatch.setattr(modules, name, size)
+    monkeypatch.setattr(modules, "CASES", (modules.Case("CS224N bottleneck", True, quick=True),))
 
 
 @pytest.mark.parametrize("argv", [["bench"], ["bench", "attention", "--quick"], ["bench", "--threads", "1"]])
@@ -34,6 +38,13 @@ def test_table_on_stdout(argv: list[str], capsys: pytest.CaptureFixture[str]) ->
 def test_named_backend_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--backend", "reference", "--threads", "1"]) == 0
     assert "attention: backend reference, device cpu" in capsys.readouterr().out
+
+
+def test_models_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "modules", "--threads", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "| CS224N bottleneck training float32 | 1       | before |" in out
+    assert err == "modules: CS224N bottleneck training float32, 1 thread\n"
 
 
 def test_output_file_and_folder(tmp_path: Path) -> None:
@@ -55,6 +66,7 @@ def test_output_file_and_folder(tmp_path: Path) -> None:
         ["bench", "--threads", "1,,2"],
         ["bench", "--threads", "two"],
         ["bench", "--backend", "abacus"],
+        ["bench", "modules", "--backend", "reference"],
         ["bench", "--device", "abacus"],
         ["bench", "--device", "cuda:99"],
         ["bench", "--output", "no/such/folder/results.json"],

@@ -2,10 +2,10 @@
 
 import copy
 
-import eager_modules as eager
 import pytest
 import torch
 
+from benchmarks import originals as eager
 from nlpfast import nn as fast
 
 B, T, C = 2, 7, 12

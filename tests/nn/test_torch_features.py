@@ -1,12 +1,12 @@
 """The drop-in modules under torch.compile, autocast, activation checkpointing and DistributedDataParallel."""
 
-import eager_modules as eager
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import originals as eager
 from nlpfast import nn as fast
 
 B, T, C = 4, 7, 12
