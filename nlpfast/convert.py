@@ -155,7 +155,7 @@ def _switch_modules(model: nn.Module) -> Iterator[_Change]:
             ours, refusal = MultiheadAttention, None
             if module.bias_k is not None or module.add_zero_attn:
                 refusal = "add_bias_kv and add_zero_attn are computed by PyTorch alone"
-        elif before.__name__ in _KNOWN and not before.__module__.startswith(("nlpfast.", "transformers.")):
+        elif before.__name__ in _KNOWN and not _is_served(module):
             built = [k for k in _KNOWN[before.__name__] if all(hasattr(module, c) for c in k.children)]
             ours = (built or _KNOWN[before.__name__])[0].ours
             refusal = _refusal(module, built[0]) if built else "it has other layers than that class should"
@@ -167,6 +167,12 @@ def _switch_modules(model: nn.Module) -> Iterator[_Change]:
         yield _Change(
             name, f"{before.__module__}.{before.__qualname__}", f"nlpfast.nn.{ours.__name__}", refusal
         )
+
+
+def _is_served(module: nn.Module) -> bool:
+    """Return whether the module is one of ours, or of Hugging Face, whose models are switched as a whole."""
+    ours = tuple(known.ours for each in _KNOWN.values() for known in each)
+    return isinstance(module, ours) or type(module).__module__.startswith("transformers.")
 
 
 def _become(module: nn.Module, ours: type[nn.Module]) -> None:
