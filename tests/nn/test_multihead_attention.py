@@ -129,8 +129,10 @@ def test_causal(padding, same):
         ),
     )
     alone = ours(*leaves, **options, need_weights=False, is_causal=True)[0]
-    hinted = ours(*leaves, **{**options, "attn_mask": mask}, need_weights=False, is_causal=True)[0]
-    assert torch.equal(alone, hinted)
+    # what the hint says, whatever the mask says
+    for other in (mask, ~mask):
+        hinted = ours(*leaves, **{**options, "attn_mask": other}, need_weights=False, is_causal=True)[0]
+        assert torch.equal(alone, hinted)
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -265,6 +267,12 @@ def test_nested_tensors_are_for_self_attention():
     _, ours = pair(batch_first=True)
     x = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(2, E)], dtype=torch.float64)
     assert [part.shape[0] for part in ours(x, x, x, need_weights=False)[0].unbind()] == [3, 2]
+    torch.manual_seed(3)
+    ours.dropout = 0.5
+    a, b = (
+        ours.train(which)(x, x, x, need_weights=False)[0].to_padded_tensor(0.0) for which in (True, False)
+    )
+    assert not torch.equal(a, b)
     with pytest.raises(ValueError, match="query is nested"):
         ours(x, x, x)
     with pytest.raises(ValueError, match="query is nested"):
