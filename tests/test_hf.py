@@ -184,9 +184,10 @@ def test_bfloat16_is_inside_the_error_of_eager(name):
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "bert"])
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.filterwarnings("ignore:A decoder-only architecture")
-def test_generation(name, beams):
-    inputs = batch(name, "right" if name in SEQ2SEQ_MODELS else "left")
+@pytest.mark.parametrize("padded", [False, True])
+def test_generation(name, beams, padded):
+    side = "right" if name in SEQ2SEQ_MODELS else "left"
+    inputs = batch(name, side if padded else "none")
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 1}
     found, expected = (
         model(name, implementation)
@@ -257,6 +258,25 @@ def test_what_changes_the_result_is_refused_by_name(name):
     with pytest.raises(NotImplementedError, match=f'{name} was passed to attn_implementation="nlpfast"'):
         layer_call(**{name: torch.ones(3)})
     assert layer_call(**{name: None}).shape == (2, 5, 3, 8)
+
+
+@pytest.mark.parametrize("from_module", [False, True])
+def test_causal_is_for_several_queries_without_a_mask(from_module):
+    torch.manual_seed(4)
+    layer = torch.nn.Module()
+    layer.is_causal = from_module
+    options = {} if from_module else {"is_causal": True}
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8)
+    everything = torch.ones(1, 1, 5, 9, dtype=torch.bool)
+    full = ((q @ k.mT) / 8**0.5).softmax(-1) @ k
+    triangle = ((q @ k.mT) / 8**0.5).masked_fill(~everything.tril(), -torch.inf).softmax(-1) @ k
+    for query, mask, expected in (
+        (q, None, triangle),
+        (q, everything, full),
+        (q[:, :, -1:], None, full[:, :, -1:]),
+    ):
+        found, _ = hf.attention_forward(layer, query, k, k, mask, **options)
+        assert (found.transpose(1, 2) - expected).abs().max() < 1e-6
 
 
 def test_a_sliding_window_needs_its_mask():
