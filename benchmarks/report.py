@@ -74,6 +74,7 @@ def verdict(row: Result) -> str:
         (row["goal_peer"], row["goal"], "", "ratio"),
         (row.get("best_peer"), row.get("best_goal"), "best ", "ratio"),
         (row.get("backward_peer"), row.get("backward_goal"), "backward ", "backward_ratio"),
+        (row["peer"], row.get("goals", {}).get(row["peer"]), "", "ratio"),
     )
     goals = []
     for peer, goal, which, name in against:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nlpfast import dispatch, native
 from nlpfast.ops.attention import reference
+from nlpfast.ops.second_derivative import refuse_second_derivative
 
 _backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
 if native.status() == "ok":
@@ -23,6 +24,10 @@ if dispatch.triton_status() == "ok":
     _backends["triton"] = triton
 dispatch.registry["attention"] = {**_backends, "reference": reference}
 
+NO_SECOND = (
+    "attention has no second derivatives: use F.scaled_dot_product_attention under "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or drop create_graph=True"
+)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -179,31 +184,8 @@ class _Attention(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(saved[3])
         grads = ctx.module.backward(grad_out, grad_lse, *saved, *ctx.options)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Only with create_graph=True. Compiled code has an error of its own for second derivatives.
-            grads = _FirstDerivative.apply(len(grads), *grads, grad_out, grad_lse, *saved[:3], saved[6])
+        grads = refuse_second_derivative(NO_SECOND, grads, grad_out, grad_lse, *saved[:3], saved[6])
         return (*grads, None, None, None, None, None, None, None, None)
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Hand gradients on, and fail when they are differentiated.
-
-    ``once_differentiable`` is not enough: where the upstream gradient is a constant it detaches the result,
-    and what depends on a second derivative comes out wrong, without an error.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the first ``count`` tensors, attached to the graph of the others, on which they depend."""
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Raise: there is no formula here for second derivatives."""
-        raise RuntimeError(
-            "attention has no second derivatives: use F.scaled_dot_product_attention under "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or drop create_graph=True"
-        )
 
 
 def _fit(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from nlpfast import dispatch, native
 from nlpfast.ops.attention import (
+    NO_SECOND,
     _autocast,
     _check_options,
     _distinct,
     _elsewhere,
-    _FirstDerivative,
     _misfit_alone,
     _misfit_of_heads,
     _seed,
     _shape,
 )
+from nlpfast.ops.second_derivative import refuse_second_derivative
 from nlpfast.ops.varlen_attention import reference
 
 _backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
@@ -176,9 +177,7 @@ class _VarlenAttention(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(saved[3])
         grads = ctx.module.backward(grad_out, grad_lse, *saved, *ctx.longest, seed, *ctx.options)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Only with create_graph=True. Compiled code has an error of its own for second derivatives.
-            grads = _FirstDerivative.apply(len(grads), *grads, grad_out, grad_lse, *saved[:3])
+        grads = refuse_second_derivative(NO_SECOND, grads, grad_out, grad_lse, *saved[:3])
         return (*grads, None, None, None, None, None, None, None, None, None)
 
 

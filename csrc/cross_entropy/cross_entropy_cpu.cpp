@@ -1,0 +1,156 @@
+// Binding of the CPU kernels of cross entropy: argument checks, threads, outputs, and the operations' registration.
+#include "../cpu_capability.h"
+#include "../stable.h"
+#include "cross_entropy.h"
+
+namespace nlpfast {
+
+#define NLPFAST_DECLARE_KERNELS(isa)              \
+  namespace isa {                                 \
+  extern const CrossEntropyKernels cross_entropy; \
+  }
+NLPFAST_DECLARE_KERNELS(baseline)
+#if defined(__x86_64__)
+NLPFAST_DECLARE_KERNELS(avx2)
+NLPFAST_DECLARE_KERNELS(avx512)
+NLPFAST_DECLARE_KERNELS(avx512_bf16)
+NLPFAST_DECLARE_KERNELS(avx512_amx)
+#endif
+
+const CrossEntropyKernels& cross_entropy_kernels() {
+#if defined(__x86_64__)
+  switch (cpu_capability()) {
+    case CpuCapability::avx512_amx:
+      return avx512_amx::cross_entropy;
+    case CpuCapability::avx512_bf16:
+      return avx512_bf16::cross_entropy;
+    case CpuCapability::avx512:
+      return avx512::cross_entropy;
+    case CpuCapability::avx2:
+      return avx2::cross_entropy;
+    default:
+      break;
+  }
+#endif
+  return baseline::cross_entropy;
+}
+
+namespace {
+
+using torch::stable::new_empty;
+using torch::stable::parallel_for;
+
+// Gradients from this size on do not stay in a cache until they are used.
+constexpr int64_t STREAMED_BYTES = int64_t{16} << 20;
+// Elements that are worth a thread.
+constexpr int64_t GRAIN = 32768;
+
+struct Options {
+  int64_t ignore_index, pad_index;
+  double on_target, on_other;
+};
+
+Rows rows_of(const Tensor& x) { return {static_cast<char*>(x.mutable_data_ptr()), x.stride(0), x.stride(1)}; }
+
+void set_problem(CrossEntropy& p, const Tensor& input, const Tensor& target, const Options& options) {
+  STD_TORCH_CHECK(input.is_cpu() && input.dim() == 3, "input must be a CPU tensor [B, T, V]");
+  STD_TORCH_CHECK(input.size(2) <= 1 || input.stride(2) == 1, "the classes of a row of input must lie together");
+  check_cpu(target, "target", ScalarType::Long, "int64", 2);
+  STD_TORCH_CHECK(target.size(0) == input.size(0) && target.size(1) == input.size(1) && target.is_contiguous(),
+                  "target must be contiguous [B, T]");
+  const ScalarType type = input.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "input must be float32, bfloat16 or float16");
+  p.dtype = type == ScalarType::Float      ? Dtype::float32
+            : type == ScalarType::BFloat16 ? Dtype::bfloat16
+                                           : Dtype::float16;
+  p.T = input.size(1), p.V = input.size(2);
+  p.input = rows_of(input);
+  p.target = static_cast<const int64_t*>(target.const_data_ptr());
+  p.ignore_index = options.ignore_index, p.pad_index = options.pad_index;
+  p.on_target = (float)options.on_target, p.on_other = (float)options.on_other;
+  p.stream = input.numel() * size_of(p.dtype) >= STREAMED_BYTES;
+  // Kernels index with targets: a wrong one must not be read with.
+  for (int64_t i = 0; i < target.numel(); ++i)
+    STD_TORCH_CHECK(p.target[i] == p.ignore_index || (p.target[i] >= 0 && p.target[i] < p.V), "target ", p.target[i],
+                    " lies outside of the classes 0..", p.V - 1);
+  STD_TORCH_CHECK(p.pad_index >= -1 && p.pad_index < p.V, "pad_index ", p.pad_index, " lies outside of the classes");
+}
+
+template <class F>
+void for_rows(const Tensor& input, F&& f) {
+  const int64_t rows = input.size(0) * input.size(1), V = input.size(2);
+  if (rows > 0) parallel_for(0, rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, V)), f);
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Results run_forward(const Tensor& input, const Tensor& target, const Options& options, const Tensor* gradient,
+                    double grad_scale) {
+  CrossEntropyForward p{};
+  set_problem(p, input, target, options);
+  const int64_t B = input.size(0), T = input.size(1);
+  Tensor loss = new_empty(input, {B, T}, ScalarType::Float), nll = new_empty(input, {B, T}, ScalarType::Float);
+  Tensor correct = new_empty(input, {B, T}, ScalarType::Bool);
+  Tensor statistics = new_empty(input, {B, T, 2}, ScalarType::Float);
+  p.loss = static_cast<float*>(loss.mutable_data_ptr()), p.nll = static_cast<float*>(nll.mutable_data_ptr());
+  p.correct = static_cast<bool*>(correct.mutable_data_ptr());
+  p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+  p.grad_scale = (float)grad_scale;
+  if (gradient) p.gradient = rows_of(*gradient);
+  for_rows(input, [&](int64_t begin, int64_t end) { cross_entropy_kernels().forward(p, begin, end); });
+  return {loss, nll, correct, statistics};
+}
+
+// Without grad_scale the last result is empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
+                                                                         int64_t ignore_index, int64_t pad_index,
+                                                                         double on_target, double on_other,
+                                                                         std::optional<double> grad_scale) {
+  const int64_t wanted = grad_scale ? 1 : 0;
+  Tensor gradient = new_empty(input, {wanted * input.size(0), input.size(1), input.size(2)});
+  auto [loss, nll, correct, statistics] = run_forward(input, target, {ignore_index, pad_index, on_target, on_other},
+                                                      wanted ? &gradient : nullptr, grad_scale.value_or(0.0));
+  return {loss, nll, correct, statistics, gradient};
+}
+
+Results cross_entropy_forward_(const Tensor& input, const Tensor& target, int64_t ignore_index, int64_t pad_index,
+                               double on_target, double on_other, double grad_scale) {
+  return run_forward(input, target, {ignore_index, pad_index, on_target, on_other}, &input, grad_scale);
+}
+
+void run_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& statistics,
+                  const Options& options, const Tensor& gradient) {
+  CrossEntropyBackward p{};
+  set_problem(p, input, target, options);
+  check_cpu(grad_loss, "grad_loss", ScalarType::Float, "float32", 2);
+  check_cpu(statistics, "statistics", ScalarType::Float, "float32", 3);
+  STD_TORCH_CHECK(grad_loss.is_contiguous() && grad_loss.numel() == target.numel() && statistics.is_contiguous() &&
+                      statistics.numel() == 2 * target.numel(),
+                  "grad_loss and statistics must be contiguous, one and two numbers a row");
+  STD_TORCH_CHECK(gradient.dim() == 3 && gradient.numel() == input.numel() && gradient.is_contiguous() &&
+                      gradient.scalar_type() == input.scalar_type(),
+                  "gradient must be contiguous [B, T, V] in the dtype of input");
+  p.grad_loss = static_cast<const float*>(grad_loss.const_data_ptr());
+  p.statistics = static_cast<const float*>(statistics.const_data_ptr());
+  p.gradient = rows_of(gradient);
+  for_rows(input, [&](int64_t begin, int64_t end) { cross_entropy_kernels().backward(p, begin, end); });
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                              const Tensor& statistics, int64_t ignore_index, int64_t pad_index, double on_target,
+                              double on_other) {
+  Tensor gradient = new_empty(input, {input.size(0), input.size(1), input.size(2)});
+  run_backward(grad_loss, input, target, statistics, {ignore_index, pad_index, on_target, on_other}, gradient);
+  return gradient;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nlpfast, CPU, m) {
+  m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
+  m.impl("cross_entropy_forward_", TORCH_BOX(&cross_entropy_forward_));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+}
+
+}  // namespace nlpfast

@@ -1,0 +1,94 @@
+"""Cross entropy on CPUs: the compiled kernels of csrc/cross_entropy, one set per instruction set."""
+
+import torch
+from torch import Tensor
+
+from nlpfast.ops.cross_entropy.reference import rescaled
+
+SERVES = "float32, bfloat16 and float16, any number of classes, any strides"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refusal(input: Tensor, target: Tensor) -> str | None:
+    """Return why the kernels do not serve this call, in one line, or None."""
+    if input.device.type != "cpu":
+        return f"it computes on the CPU, and the logits are on {input.device}"
+    if input.dtype not in DTYPES:
+        return f"it computes in float32, bfloat16 and float16, and the logits are {input.dtype}"
+    return None
+
+
+def forward(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    pad_index: int,
+    on_target: float,
+    on_other: float,
+    grad_scale: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return loss, nll and correct [B, T], statistics [B, T, 2] and the gradient, as the reference does."""
+    options = (target.contiguous(), ignore_index, pad_index, on_target, on_other)
+    if inplace and grad_scale is not None:
+        # kernels want the classes of a row side by side; other logits get their gradient by a copy
+        if input.stride(-1) == 1:
+            results = torch.ops.nlpfast.cross_entropy_forward_(input, *options, grad_scale.item())
+            return (*results, input)
+        *results, gradient = torch.ops.nlpfast.cross_entropy_forward(
+            _rows(input), *options, grad_scale.item()
+        )
+        return (*results, input.copy_(gradient))
+    scale = None if grad_scale is None else grad_scale.item()
+    *results, gradient = torch.ops.nlpfast.cross_entropy_forward(_rows(input), *options, scale)
+    return (*results, None if scale is None else gradient)
+
+
+def backward(
+    grad_loss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    gradient: Tensor | None,
+    grad_scale: Tensor | None,
+    ignore_index: int,
+    pad_index: int,
+    on_target: float,
+    on_other: float,
+    inplace: bool,
+) -> Tensor:
+    """Return the gradient of the logits: the one that forward made, if it was made for this upstream one."""
+    if gradient is not None and grad_scale is not None:
+        if bool((grad_loss == grad_scale).all()):
+            return gradient
+        if inplace:
+            return rescaled(gradient, grad_loss, grad_scale, target != ignore_index)
+    return torch.ops.nlpfast.cross_entropy_backward(
+        *(grad_loss.contiguous(), _rows(input), target.contiguous(), statistics),
+        *(ignore_index, pad_index, on_target, on_other),
+    )
+
+
+def _rows(input: Tensor) -> Tensor:
+    """Return logits whose classes lie side by side."""
+    return input if input.stride(-1) == 1 or input.shape[-1] == 1 else input.contiguous()
+
+
+def _register_fakes() -> None:
+    """Tell torch.compile the shapes of what the operations return."""
+
+    @torch.library.register_fake("nlpfast::cross_entropy_forward")
+    def _(input, target, ignore_index, pad_index, on_target, on_other, grad_scale):  # type: ignore[no-untyped-def]
+        B, T, V = input.shape
+        loss = input.new_empty((B, T), dtype=torch.float32)
+        correct = input.new_empty((B, T), dtype=torch.bool)
+        statistics = input.new_empty((B, T, 2), dtype=torch.float32)
+        gradient = input.new_empty((0 if grad_scale is None else B, T, V))
+        return loss, torch.empty_like(loss), correct, statistics, gradient
+
+    @torch.library.register_fake("nlpfast::cross_entropy_backward")
+    def _(grad_loss, input, target, statistics, *rest):  # type: ignore[no-untyped-def]
+        return input.new_empty(input.shape)
+
+
+_register_fakes()
