@@ -22,17 +22,19 @@ STABLE_TORCH_LIBRARY(nlpfast, m) {
       "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor out, Tensor lse, Tensor lse_low, Tensor cu_seq_q, Tensor cu_seq_k, int max_q, int max_k, Tensor? seed, "
       "float dropout_p, int causal, float scale) -> (Tensor, Tensor, Tensor)");
-  // input: [B, T, V] of float32, bfloat16 or float16; target: int64 [B, T]. Returns loss, nll, correct [B, T], statistics
-  // [B, T, 2] (see csrc/cross_entropy/cross_entropy.h) and the gradient for an upstream gradient of grad_scale in every
-  // row, [0, T, V] without grad_scale.
+  // input: [B, T, V] of float32, bfloat16 or float16; target: int64 [B, T]. Returns loss, nll, correct [B, T] and
+  // statistics [B, T, 2] (see csrc/cross_entropy/cross_entropy.h).
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int pad_index, float on_target, "
-      "float on_other, float? grad_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The same, and the gradient takes the place of the logits.
+      "float on_other) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The same, and writes the gradient for an upstream gradient of grad_scale in every row; it may be the input.
   m.def(
-      "cross_entropy_forward_(Tensor(a!) input, Tensor target, int ignore_index, int pad_index, float on_target, "
-      "float on_other, float grad_scale) -> (Tensor, Tensor, Tensor, Tensor)");
+      "cross_entropy_forward_out(Tensor input, Tensor target, int ignore_index, int pad_index, float on_target, "
+      "float on_other, float grad_scale, Tensor(a!) gradient) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor statistics, int ignore_index, "
       "int pad_index, float on_target, float on_other) -> Tensor");
+  m.def(
+      "cross_entropy_backward_out(Tensor grad_loss, Tensor input, Tensor target, Tensor statistics, int ignore_index, "
+      "int pad_index, float on_target, float on_other, Tensor(a!) gradient) -> ()");
 }

@@ -83,6 +83,15 @@ void for_rows(const Tensor& input, F&& f) {
   if (rows > 0) parallel_for(0, rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, V)), f);
 }
 
+void check_gradient(const Tensor& gradient, const Tensor& input) {
+  STD_TORCH_CHECK(gradient.is_cpu() && gradient.dim() == 3 && gradient.scalar_type() == input.scalar_type(),
+                  "gradient must be a CPU tensor [B, T, V] in the dtype of input");
+  for (int64_t dim = 0; dim < 3; ++dim)
+    STD_TORCH_CHECK(gradient.size(dim) == input.size(dim), "gradient must have the sizes of input");
+  STD_TORCH_CHECK(gradient.size(2) <= 1 || gradient.stride(2) == 1,
+                  "the classes of a row of gradient must lie together");
+}
+
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Results run_forward(const Tensor& input, const Tensor& target, const Options& options, const Tensor* gradient,
@@ -102,21 +111,15 @@ Results run_forward(const Tensor& input, const Tensor& target, const Options& op
   return {loss, nll, correct, statistics};
 }
 
-// Without grad_scale the last result is empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target,
-                                                                         int64_t ignore_index, int64_t pad_index,
-                                                                         double on_target, double on_other,
-                                                                         std::optional<double> grad_scale) {
-  const int64_t wanted = grad_scale ? 1 : 0;
-  Tensor gradient = new_empty(input, {wanted * input.size(0), input.size(1), input.size(2)});
-  auto [loss, nll, correct, statistics] = run_forward(input, target, {ignore_index, pad_index, on_target, on_other},
-                                                      wanted ? &gradient : nullptr, grad_scale.value_or(0.0));
-  return {loss, nll, correct, statistics, gradient};
+Results cross_entropy_forward(const Tensor& input, const Tensor& target, int64_t ignore_index, int64_t pad_index,
+                              double on_target, double on_other) {
+  return run_forward(input, target, {ignore_index, pad_index, on_target, on_other}, nullptr, 0.0);
 }
 
-Results cross_entropy_forward_(const Tensor& input, const Tensor& target, int64_t ignore_index, int64_t pad_index,
-                               double on_target, double on_other, double grad_scale) {
-  return run_forward(input, target, {ignore_index, pad_index, on_target, on_other}, &input, grad_scale);
+Results cross_entropy_forward_out(const Tensor& input, const Tensor& target, int64_t ignore_index, int64_t pad_index,
+                                  double on_target, double on_other, double grad_scale, const Tensor& gradient) {
+  check_gradient(gradient, input);
+  return run_forward(input, target, {ignore_index, pad_index, on_target, on_other}, &gradient, grad_scale);
 }
 
 void run_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target, const Tensor& statistics,
@@ -128,9 +131,7 @@ void run_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& ta
   STD_TORCH_CHECK(grad_loss.is_contiguous() && grad_loss.numel() == target.numel() && statistics.is_contiguous() &&
                       statistics.numel() == 2 * target.numel(),
                   "grad_loss and statistics must be contiguous, one and two numbers a row");
-  STD_TORCH_CHECK(gradient.dim() == 3 && gradient.numel() == input.numel() && gradient.is_contiguous() &&
-                      gradient.scalar_type() == input.scalar_type(),
-                  "gradient must be contiguous [B, T, V] in the dtype of input");
+  check_gradient(gradient, input);
   p.grad_loss = static_cast<const float*>(grad_loss.const_data_ptr());
   p.statistics = static_cast<const float*>(statistics.const_data_ptr());
   p.gradient = rows_of(gradient);
@@ -145,12 +146,19 @@ Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, cons
   return gradient;
 }
 
+void cross_entropy_backward_out(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                                const Tensor& statistics, int64_t ignore_index, int64_t pad_index, double on_target,
+                                double on_other, const Tensor& gradient) {
+  run_backward(grad_loss, input, target, statistics, {ignore_index, pad_index, on_target, on_other}, gradient);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nlpfast, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
-  m.impl("cross_entropy_forward_", TORCH_BOX(&cross_entropy_forward_));
+  m.impl("cross_entropy_forward_out", TORCH_BOX(&cross_entropy_forward_out));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  m.impl("cross_entropy_backward_out", TORCH_BOX(&cross_entropy_backward_out));
 }
 
 }  // namespace nlpfast

@@ -4,10 +4,11 @@
 //   loss = on_target (lse - x_target) + on_other sum over v != target, pad of (lse - x_v)
 //   gradient = scale (exp(x_v - max) / total - q_v);   at the target scale (1 - q - others / total)
 //
-// Blocks of a row are taken while the maximum is still growing: exp(x - maximum so far) of every element goes to a
-// scratch row that stays in the L2 cache, and the block's maximum beside it; the second pass multiplies each block by
-// one number. The maximum is the true one from the block on in which it is met, where that number is 1 / total. A
-// gradient too large for the caches is written past them, which spares reading what it overwrites.
+// One pass over the logits takes a row in blocks: exp(x - shift) of every element goes to a scratch row that stays in
+// the L2 cache, and sums and the maximum are taken on the way. The shift is the maximum of the first block; a block
+// that exceeds it by so much that sums could overflow is done again with its own. The second pass, over the scratch
+// row, multiplies by 1 / total. A gradient too large for the caches is written past them, which spares reading what it
+// overwrites.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -19,15 +20,17 @@
 namespace nlpfast::NLPFAST_ISA {
 namespace {
 
-// Elements whose maximum is found before their exponentials are: 4 KB of floats, in the L1 cache.
+// Elements that share a shift: 4 KB of floats, which stay in the L1 cache should they be done again.
 constexpr int64_t BLOCK = 1024;
+// By how much logits may exceed the shift: e^60 times the classes that there can be is far from the largest float.
+constexpr float HEADROOM = 60.0f;
 constexpr int64_t UNROLL = 4;
 constexpr uintptr_t CACHE_LINE = 64;
 
-// What one thread keeps: the exponentials of a row, and the maximum that those of each block were taken with.
+// What one thread keeps: the exponentials of a row, and the shift of each block.
 struct Scratch {
-  std::vector<float> exponentials, maxima;
-  explicit Scratch(int64_t V) : exponentials(V + BLOCK), maxima(V / BLOCK + 2) {}
+  std::vector<float> exponentials, shifts;
+  explicit Scratch(int64_t V) : exponentials(V + BLOCK), shifts(V / BLOCK + 2) {}
 };
 
 // Calls f(number, begin, end) for each block of a row.
@@ -39,9 +42,9 @@ inline void for_each_block(int64_t V, F&& f) {
 // The elements of a block that need care, by their number in the row: classes that a sum leaves out, and the end.
 struct Exceptions {
   int64_t target, pad;
-  bool within(int64_t begin, int64_t end) const {
+  int64_t within(int64_t begin, int64_t end) const {
     const auto inside = [=](int64_t v) { return v >= begin && v < end; };
-    return inside(target) || inside(pad) || end < begin + BLOCK;
+    return inside(target) + (pad != target && inside(pad));
   }
 };
 
@@ -66,24 +69,26 @@ inline float block_maximum(const Element* x, int64_t begin, int64_t end) {
   return max_lanes(maximum(maximum(top[0], top[1]), maximum(top[2], top[3])));
 }
 
-// The sums of a row so far: exponentials without the target's, relative to `top`; x - origin without target and pad.
+// Of a block, or of a row so far: the maximum; the sum of exponentials without the target's, which is relative to
+// `shift`; the sum of x - shift without target and padding class, of a row x - origin.
 struct Sums {
-  float top = -INF, origin = 0;
+  float top = -INF, shift = -INF, origin = 0;
   double others = 0, distance = 0;
 };
 
-// Writes the exponentials of a block and adds it to the sums. SPREAD: some of q lies on other classes.
-template <bool SPREAD, class Element>
-void add_block(const Element* x, int64_t begin, int64_t end, const Exceptions& except, float shift, Sums& sums,
+// Writes the exponentials of a block and returns its sums. SPREAD: some of q lies on other classes. WHOLE: nothing in
+// the block needs care.
+template <bool SPREAD, bool WHOLE, class Element>
+Sums sum_block(const Element* x, int64_t begin, int64_t end, const Exceptions& except, float shift,
                float* exponentials) {
-  Floats others[UNROLL], distance[UNROLL];
-  for (int64_t u = 0; u < UNROLL; ++u) others[u] = distance[u] = Floats{};
-  const float origin = sums.origin;
-  const auto step = [&](int64_t v, int64_t u, auto excepted) {
-    const Floats value = excepted ? load_until(x, v, end) : load(x + v);
-    Floats e = exp(value - shift), d = value - origin;
+  Floats others[UNROLL], distance[UNROLL], top[UNROLL];
+  for (int64_t u = 0; u < UNROLL; ++u) others[u] = distance[u] = Floats{}, top[u] = broadcast(-INF);
+  const auto step = [&](int64_t v, int64_t u) {
+    const Floats value = WHOLE ? load(x + v) : load_until(x, v, end);
+    Floats d = value - shift, e = exp_of_difference(d);
     store(exponentials + v, e);
-    if constexpr (excepted) {
+    top[u] = maximum(value, top[u]);
+    if constexpr (!WHOLE) {
       const Ints lane = lane_numbers();
       const auto at = [&](int64_t number) { return lane == (int32_t)std::clamp<int64_t>(number - v, -1, LANES); };
       const Ints target = at(except.target), past = lane >= (int32_t)std::min<int64_t>(end - v, LANES);
@@ -93,15 +98,17 @@ void add_block(const Element* x, int64_t begin, int64_t end, const Exceptions& e
     others[u] += e;
     if constexpr (SPREAD) distance[u] += d;
   };
-  if (except.within(begin, end)) {
-    for (int64_t v = begin, u = 0; v < end; v += LANES, u = (u + 1) % UNROLL) step(v, u, std::true_type{});
-  } else {
+  if constexpr (WHOLE) {
     for (int64_t v = begin; v < end; v += UNROLL * LANES)
 #pragma GCC unroll 4
-      for (int64_t u = 0; u < UNROLL; ++u) step(v + u * LANES, u, std::false_type{});
+      for (int64_t u = 0; u < UNROLL; ++u) step(v + u * LANES, u);
+  } else {
+    for (int64_t v = begin, u = 0; v < end; v += LANES, u = (u + 1) % UNROLL) step(v, u);
   }
-  sums.others += sum_lanes((others[0] + others[1]) + (others[2] + others[3]));
-  if constexpr (SPREAD) sums.distance += sum_lanes((distance[0] + distance[1]) + (distance[2] + distance[3]));
+  Sums sums{max_lanes(maximum(maximum(top[0], top[1]), maximum(top[2], top[3]))), shift};
+  sums.others = sum_lanes((others[0] + others[1]) + (others[2] + others[3]));
+  if constexpr (SPREAD) sums.distance = sum_lanes((distance[0] + distance[1]) + (distance[2] + distance[3]));
+  return sums;
 }
 
 // The first pass over a row.
@@ -110,19 +117,31 @@ Sums read_row(const CrossEntropy& p, const Element* x, int64_t target, Scratch& 
   Sums sums;
   const Exceptions except{target, p.pad_index};
   for_each_block(p.V, [&](int64_t number, int64_t begin, int64_t end) {
-    const float top = block_maximum(x, begin, end);
-    if (top > sums.top) {
-      // no exponential is known yet while the maximum is -inf
-      if (sums.top != -INF) sums.others *= std::exp((double)sums.top - top);
-      sums.top = top;
+    const int64_t excepted = except.within(begin, end);
+    const bool whole = excepted == 0 && end == begin + BLOCK;
+    const auto sum = [&](float shift) {
+      float* e = scratch.exponentials.data();
+      scratch.shifts[number] = shift;
+      return whole ? sum_block<SPREAD, true>(x, begin, end, except, shift, e)
+                   : sum_block<SPREAD, false>(x, begin, end, except, shift, e);
+    };
+    // no shift is known yet: 0 for a block of -inf alone, whose exponentials then are 0 as they should be
+    float shift = sums.shift;
+    if (shift == -INF) shift = block_maximum(x, begin, end);
+    Sums block = sum(shift == -INF ? 0.0f : shift);
+    if (shift != -INF && block.top > shift + HEADROOM) block = sum(shift = block.top);
+    if (sums.shift == -INF && std::isfinite(shift)) sums.origin = shift;
+    if (shift > sums.shift) {
+      if (sums.shift != -INF) sums.others *= std::exp((double)sums.shift - shift);
+      sums.shift = shift;
     }
-    // distances are taken from a number of their own size, to lose nothing to it
-    if (number == 0 && std::isfinite(top)) sums.origin = top;
-    // a block of -inf alone: exp(-inf - 0) is 0, as it should be
-    const float shift = sums.top == -INF ? 0.0f : sums.top;
-    scratch.maxima[number] = shift;
-    add_block<SPREAD>(x, begin, end, except, shift, sums, scratch.exponentials.data());
+    sums.top = std::max(sums.top, block.top);
+    sums.others += block.others;
+    const int64_t counted = end - begin - excepted;
+    sums.distance += block.distance + (counted ? counted * ((double)block.shift - sums.origin) : 0.0);
   });
+  // relative to the maximum
+  if (sums.top != sums.shift) sums.others *= std::exp((double)sums.shift - sums.top);
   return sums;
 }
 
@@ -256,7 +275,7 @@ void forward_row(const CrossEntropyForward& p, int64_t number, Scratch& scratch)
   const float scale = p.grad_scale;
   const float* e = scratch.exponentials.data();
   const auto lift = [&](int64_t block) {
-    const float shift = scratch.maxima[block];
+    const float shift = scratch.shifts[block];
     return shift == top ? 1.0 : std::exp((double)shift - top);
   };
   const float at_pad = p.pad_index >= 0 ? (float)(e[p.pad_index] * lift(p.pad_index / BLOCK)) : 0.0f;
@@ -275,10 +294,10 @@ void backward_row(const CrossEntropyBackward& p, int64_t number) {
   const float total = others + (float)std::exp((double)to_float(x[target]) - top);
   const float factor = scale / total, off = scale * p.on_other;
   const float at_pad = p.pad_index >= 0 ? (float)std::exp((double)to_float(x[p.pad_index]) - top) : 0.0f;
-  const auto slope = [&](int64_t v) { return exp(load_until(x, v, p.V) - top) * factor - off; };
+  const auto slope = [&](int64_t v) { return exp_of_difference(load_until(x, v, p.V) - top) * factor - off; };
   int64_t v = before_line(g, p.V, p.stream);
   for (int64_t head = 0; head < v; head += LANES) store_until(g, head, v, slope(head));
-  v = write(g, v, p.V, p.stream, [&](int64_t i) { return exp(load(x + i) - top) * factor - off; });
+  v = write(g, v, p.V, p.stream, [&](int64_t i) { return exp_of_difference(load(x + i) - top) * factor - off; });
   if (v < p.V) store_until(g, v, p.V, slope(v));
   mend(p, g, target, scale, others, total, at_pad);
 }

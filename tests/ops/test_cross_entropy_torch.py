@@ -251,15 +251,15 @@ def test_opcheck(dtype) -> None:
     options = (IGNORED, -1, 0.9, 0.01)
     operations = torch.ops.nlpfast
     tests = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
-    for scale in (None, 0.5):
-        torch.library.opcheck(
-            operations.cross_entropy_forward, (x, target, *options, scale), test_utils=tests
-        )
-    statistics = operations.cross_entropy_forward(x, target, *options, None)[3]
+    torch.library.opcheck(operations.cross_entropy_forward, (x, target, *options), test_utils=tests)
+    statistics = operations.cross_entropy_forward(x, target, *options)[3]
     arguments = (torch.randn(2, 3), x, target, statistics, *options)
     torch.library.opcheck(operations.cross_entropy_backward, arguments, test_utils=tests)
+    outs = ["test_schema"]
+    forward = (x, target, *options, 0.5, torch.empty_like(x))
+    torch.library.opcheck(operations.cross_entropy_forward_out, forward, test_utils=outs)
     torch.library.opcheck(
-        operations.cross_entropy_forward_, (x.clone(), target, *options, 0.5), test_utils=["test_schema"]
+        operations.cross_entropy_backward_out, (*arguments, torch.empty_like(x)), test_utils=outs
     )
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nlpfast.ops import large_buffers
 from nlpfast.ops.cross_entropy.reference import rescaled
 
 SERVES = "float32, bfloat16 and float16, any number of classes, any strides"
@@ -30,18 +31,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return loss, nll and correct [B, T], statistics [B, T, 2] and the gradient, as the reference does."""
     options = (target.contiguous(), ignore_index, pad_index, on_target, on_other)
-    if inplace and grad_scale is not None:
-        # kernels want the classes of a row side by side; other logits get their gradient by a copy
-        if input.stride(-1) == 1:
-            results = torch.ops.nlpfast.cross_entropy_forward_(input, *options, grad_scale.item())
-            return (*results, input)
-        *results, gradient = torch.ops.nlpfast.cross_entropy_forward(
-            _rows(input), *options, grad_scale.item()
-        )
-        return (*results, input.copy_(gradient))
-    scale = None if grad_scale is None else grad_scale.item()
-    *results, gradient = torch.ops.nlpfast.cross_entropy_forward(_rows(input), *options, scale)
-    return (*results, None if scale is None else gradient)
+    rows = _rows(input)
+    if grad_scale is None:
+        return (*torch.ops.nlpfast.cross_entropy_forward(rows, *options), None)
+    gradient = rows if inplace else large_buffers.empty(rows)
+    results = torch.ops.nlpfast.cross_entropy_forward_out(rows, *options, grad_scale.item(), gradient)
+    # logits whose classes do not lie together get their gradient by a copy
+    return (*results, input.copy_(gradient) if inplace and rows is not input else gradient)
 
 
 def backward(
@@ -63,10 +59,14 @@ def backward(
             return gradient
         if inplace:
             return rescaled(gradient, grad_loss, grad_scale, target != ignore_index)
-    return torch.ops.nlpfast.cross_entropy_backward(
-        *(grad_loss.contiguous(), _rows(input), target.contiguous(), statistics),
-        *(ignore_index, pad_index, on_target, on_other),
-    )
+    rows = _rows(input)
+    tensors = (grad_loss.contiguous(), rows, target.contiguous(), statistics)
+    options = (ignore_index, pad_index, on_target, on_other)
+    if torch.compiler.is_compiling():
+        return torch.ops.nlpfast.cross_entropy_backward(*tensors, *options)
+    out = large_buffers.empty(rows) if gradient is None else gradient
+    torch.ops.nlpfast.cross_entropy_backward_out(*tensors, *options, out)
+    return out
 
 
 def _rows(input: Tensor) -> Tensor:
@@ -78,13 +78,12 @@ def _register_fakes() -> None:
     """Tell torch.compile the shapes of what the operations return."""
 
     @torch.library.register_fake("nlpfast::cross_entropy_forward")
-    def _(input, target, ignore_index, pad_index, on_target, on_other, grad_scale):  # type: ignore[no-untyped-def]
-        B, T, V = input.shape
+    def _(input, target, *rest):  # type: ignore[no-untyped-def]
+        B, T, _ = input.shape
         loss = input.new_empty((B, T), dtype=torch.float32)
         correct = input.new_empty((B, T), dtype=torch.bool)
         statistics = input.new_empty((B, T, 2), dtype=torch.float32)
-        gradient = input.new_empty((0 if grad_scale is None else B, T, V))
-        return loss, torch.empty_like(loss), correct, statistics, gradient
+        return loss, torch.empty_like(loss), correct, statistics
 
     @torch.library.register_fake("nlpfast::cross_entropy_backward")
     def _(grad_loss, input, target, statistics, *rest):  # type: ignore[no-untyped-def]
