@@ -43,11 +43,14 @@ def empty(like: Tensor) -> Tensor:
 
 def _take(nbytes: int) -> mmap.mmap:
     """Return memory that was given back, if there is some of about this size, or else new memory."""
-    for i, memory in enumerate(_free):
+    while True:
+        # one operation, so that threads need no lock; what does not fit is dropped, as it may never again
+        try:
+            memory = _free.pop()
+        except IndexError:
+            break
         if nbytes <= len(memory) <= 2 * nbytes:
-            return _free.pop(i)
-    # what is kept did not fit, and may never again
-    _free.clear()
+            return memory
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
