@@ -2,6 +2,7 @@
 
 from nlpfast.nn.bert_attention import BertSelfAttention
 from nlpfast.nn.causal_attention import AttentionConfig, CausalCrossAttention, CausalSelfAttention
+from nlpfast.nn.losses import CrossEntropyLoss
 from nlpfast.nn.multihead_attention import MultiheadAttention
 from nlpfast.nn.packed_attention import PackedCausalSelfAttention
 
@@ -10,6 +11,7 @@ __all__ = [
     "BertSelfAttention",
     "CausalCrossAttention",
     "CausalSelfAttention",
+    "CrossEntropyLoss",
     "MultiheadAttention",
     "PackedCausalSelfAttention",
 ]
