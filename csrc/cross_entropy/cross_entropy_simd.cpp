@@ -86,6 +86,8 @@ Sums sum_block(const Element* x, int64_t begin, int64_t end, const Exceptions& e
   const auto step = [&](int64_t v, int64_t u) {
     const Floats value = WHOLE ? load(x + v) : load_until(x, v, end);
     Floats d = value - shift, e = exp_of_difference(d);
+    // a block is a page of memory or half of one: the next one's place is looked up meanwhile
+    if constexpr (WHOLE) __builtin_prefetch(x + v + BLOCK);
     store(exponentials + v, e);
     top[u] = maximum(value, top[u]);
     if constexpr (!WHOLE) {
