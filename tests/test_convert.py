@@ -279,3 +279,49 @@ def test_switched_modules_pickle_and_train_on():
     again = pickle.loads(pickle.dumps(stack))
     assert torch.equal(again[0](*arguments), stack[0](*arguments))
     assert type(nlpfast.undo(again)[0].attn) is eager.CausalSelfAttention
+
+
+class Model(nn.Module):
+    """Tokens to logits; with `latents` through CS224N's bottleneck, down and up."""
+
+    def __init__(self, build, latents: bool):
+        super().__init__()
+        self.tokens = nn.Embedding(20, C)
+        self.latents = nn.Parameter(torch.randn(1, 3, C)) if latents else None
+        self.layers = nn.ModuleList(eager.Layer(build()) for _ in range(2))
+        self.head = nn.Linear(C, 20, bias=False)
+
+    def forward(self, tokens):
+        x = self.tokens(tokens)
+        if self.latents is None:
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+        down, up = self.layers
+        h = down.attn(x_kv=down.ln(x), x_q=down.ln(self.latents))
+        return self.head(up.attn(x_kv=up.ln(h + down.mlp(down.ln2(h))), x_q=x))
+
+
+@pytest.mark.parametrize("name", ["minGPT 2020", "minGPT 2023", "nanoGPT", "CS224N"])
+def test_logits_of_whole_models(name, capsys):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(Model(BUILDS[name][0], latents=name == "CS224N").double())
+    before, after = models
+    nlpfast.accelerate(after)
+    assert "2 x benchmarks.originals." in capsys.readouterr().out
+    tokens = torch.randint(20, (B, T))
+    found, expected = after(tokens), before(tokens)
+    assert (found - expected).abs().max() < 1e-12
+    upstream = torch.randn_like(expected)
+    grads = [
+        torch.autograd.grad(y, list(m.parameters()), upstream, allow_unused=True)
+        for y, m in ((found, after), (expected, before))
+    ]
+    for (key, _), mine, other in zip(before.named_parameters(), *grads, strict=True):
+        assert (mine is None) == (other is None), key
+        assert mine is None or (mine - other).abs().max() < 1e-11, key
+    after.load_state_dict(before.state_dict(), strict=True)
+    before.load_state_dict(after.state_dict(), strict=True)
+    assert torch.equal(nlpfast.undo(after)(tokens), expected)

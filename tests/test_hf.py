@@ -1,6 +1,7 @@
 """attn_implementation="nlpfast": small random models of Hugging Face against their own eager attention."""
 
 import copy
+import subprocess
 import sys
 from types import ModuleType
 
@@ -357,6 +358,22 @@ def test_a_model_without_the_interface_is_left_alone(capsys):
     nlpfast.accelerate(which)
     assert "not switched: 1 x Old" in capsys.readouterr().out
     assert which.config._attn_implementation == before
+
+
+def test_importing_and_accelerating_leave_transformers_alone():
+    program = """
+import sys, torch, nlpfast
+nlpfast.accelerate(torch.nn.MultiheadAttention(4, 2))
+assert "transformers" not in sys.modules
+from transformers import AttentionInterface, AttentionMaskInterface
+assert "nlpfast" not in AttentionInterface() and "nlpfast" not in AttentionMaskInterface()
+nlpfast.accelerate(torch.nn.MultiheadAttention(4, 2))
+assert "nlpfast" not in AttentionInterface() and "nlpfast" not in AttentionMaskInterface()
+nlpfast.hf.register()
+assert "nlpfast" in AttentionInterface() and "nlpfast" in AttentionMaskInterface()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_old_or_missing_transformers_is_named(monkeypatch):
