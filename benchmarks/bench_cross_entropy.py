@@ -118,7 +118,10 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
         if name == "copy":
             found[name] = dict.fromkeys(exact, 0.0)
             continue
-        results = _results(_function(case, name, settings), x, target[:64])
+        function = _function(case, name, settings)
+        # a gradient takes the place of the logits: not of those that the others are given
+        spared = functools.partial(_on_a_copy, function) if name == OURS and case.inplace else function
+        results = _results(spared, x, target[:64])
         found[name] = {key: (y.double() - exact[key]).abs().max().item() for key, y in results.items()}
     check_errors(case.name, found[OURS], found["F.cross_entropy"])
     return found
@@ -151,9 +154,13 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def _results(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, target: Tensor) -> dict[str, Tensor]:
-    value = loss(x.clone(), target)
+    value = loss(x, target)
     (gradient,) = torch.autograd.grad(value, x)
     return {"loss": value.detach(), "gradient": gradient}
+
+
+def _on_a_copy(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
+    return loss(x.clone(), target)
 
 
 def _function(case: Case, implementation: str, settings: Settings) -> Callable[[Tensor, Tensor], Tensor]:

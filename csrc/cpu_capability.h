@@ -66,4 +66,37 @@ inline CpuCapability cpu_capability() {
   return capability;
 }
 
+// Defines `const Kernels& chosen_kernels()`, which returns the object `name` of the instruction set in use: each has
+// one in a namespace of its own.
+#if defined(__x86_64__)
+#define NLPFAST_DEFINE_CHOICE(Kernels, chosen_kernels, name) \
+  NLPFAST_DECLARE(Kernels, name, baseline)                   \
+  NLPFAST_DECLARE(Kernels, name, avx2)                       \
+  NLPFAST_DECLARE(Kernels, name, avx512)                     \
+  NLPFAST_DECLARE(Kernels, name, avx512_bf16)                \
+  NLPFAST_DECLARE(Kernels, name, avx512_amx)                 \
+  const Kernels& chosen_kernels() {                          \
+    switch (cpu_capability()) {                              \
+      case CpuCapability::avx512_amx:                        \
+        return avx512_amx::name;                             \
+      case CpuCapability::avx512_bf16:                       \
+        return avx512_bf16::name;                            \
+      case CpuCapability::avx512:                            \
+        return avx512::name;                                 \
+      case CpuCapability::avx2:                              \
+        return avx2::name;                                   \
+      default:                                               \
+        return baseline::name;                               \
+    }                                                        \
+  }
+#else
+#define NLPFAST_DEFINE_CHOICE(Kernels, chosen_kernels, name) \
+  NLPFAST_DECLARE(Kernels, name, baseline)                   \
+  const Kernels& chosen_kernels() { return baseline::name; }
+#endif
+#define NLPFAST_DECLARE(Kernels, name, isa) \
+  namespace isa {                           \
+  extern const Kernels name;                \
+  }
+
 }  // namespace nlpfast

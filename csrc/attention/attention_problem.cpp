@@ -7,35 +7,7 @@
 
 namespace nlpfast {
 
-#define NLPFAST_DECLARE_KERNELS(isa)       \
-  namespace isa {                          \
-  extern const AttentionKernels attention; \
-  }
-NLPFAST_DECLARE_KERNELS(baseline)
-#if defined(__x86_64__)
-NLPFAST_DECLARE_KERNELS(avx2)
-NLPFAST_DECLARE_KERNELS(avx512)
-NLPFAST_DECLARE_KERNELS(avx512_bf16)
-NLPFAST_DECLARE_KERNELS(avx512_amx)
-#endif
-
-const AttentionKernels& attention_kernels() {
-#if defined(__x86_64__)
-  switch (cpu_capability()) {
-    case CpuCapability::avx512_amx:
-      return avx512_amx::attention;
-    case CpuCapability::avx512_bf16:
-      return avx512_bf16::attention;
-    case CpuCapability::avx512:
-      return avx512::attention;
-    case CpuCapability::avx2:
-      return avx2::attention;
-    default:
-      break;
-  }
-#endif
-  return baseline::attention;
-}
+NLPFAST_DEFINE_CHOICE(AttentionKernels, attention_kernels, attention)
 
 namespace {
 

@@ -5,35 +5,7 @@
 
 namespace nlpfast {
 
-#define NLPFAST_DECLARE_KERNELS(isa)              \
-  namespace isa {                                 \
-  extern const CrossEntropyKernels cross_entropy; \
-  }
-NLPFAST_DECLARE_KERNELS(baseline)
-#if defined(__x86_64__)
-NLPFAST_DECLARE_KERNELS(avx2)
-NLPFAST_DECLARE_KERNELS(avx512)
-NLPFAST_DECLARE_KERNELS(avx512_bf16)
-NLPFAST_DECLARE_KERNELS(avx512_amx)
-#endif
-
-const CrossEntropyKernels& cross_entropy_kernels() {
-#if defined(__x86_64__)
-  switch (cpu_capability()) {
-    case CpuCapability::avx512_amx:
-      return avx512_amx::cross_entropy;
-    case CpuCapability::avx512_bf16:
-      return avx512_bf16::cross_entropy;
-    case CpuCapability::avx512:
-      return avx512::cross_entropy;
-    case CpuCapability::avx2:
-      return avx2::cross_entropy;
-    default:
-      break;
-  }
-#endif
-  return baseline::cross_entropy;
-}
+NLPFAST_DEFINE_CHOICE(CrossEntropyKernels, cross_entropy_kernels, cross_entropy)
 
 namespace {
 

@@ -20,6 +20,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "PEERS", ("sdpa",))
     varlen = bench.benchmark_module("bench_varlen_attention")
     monkeypatch.setattr(varlen, "CASES", (varlen.Case((2, 2, 9, 4), goal=1e9),))
+    losses = bench.benchmark_module("bench_cross_entropy")
+    monkeypatch.setattr(losses, "CASES", (losses.Case((9, 20), goals=(("copy", 1e9),)),))
+    monkeypatch.setattr(losses, "PEERS", ("F.cross_entropy", "fairseq", "copy"))
     modules = bench.benchmark_module("bench_modules")
     for name, size in {"B": 2, "T": 9, "C": 16, "H": 2, "M": 4}.items():
         monkeypatch.setattr(modules, name, size)
@@ -110,5 +113,5 @@ def test_installation_without_benchmarks(
 
 
 def test_every_op_can_be_measured() -> None:
-    assert bench.ops() == ["attention", "varlen_attention"]
+    assert bench.ops() == ["attention", "cross_entropy", "varlen_attention"]
     assert [bench.benchmark_module(f"bench_{op}").OP for op in bench.ops()] == bench.ops()
