@@ -3,7 +3,8 @@
 A benchmark module (`bench_<op>.py`) offers the names `OP`, `CASES`, `OURS`, `PEERS` and these functions:
 
 - `describe(case)`: the case as plain data, with its `name`, its `goal` against the first of `PEERS` and its
-  `best_goal` against the fastest (ratios of times, or None); a case also says whether it is `quick`;
+  `best_goal` against the fastest (ratios of times, or None), and maybe `goals` by the names of peers; a case
+  also says whether it is `quick`;
 - `flops(case)`: floating-point operations of one step;
 - `unavailable(implementation)`: None, or why it cannot run here;
 - `chosen(case, settings)`: the name of the backend that serves ours;

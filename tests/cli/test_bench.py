@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nlpfast.cli import bench, main
+from nlpfast.cli.options import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +116,12 @@ def test_installation_without_benchmarks(
 def test_every_op_can_be_measured() -> None:
     assert bench.ops() == ["attention", "cross_entropy", "varlen_attention"]
     assert [bench.benchmark_module(f"bench_{op}").OP for op in bench.ops()] == bench.ops()
+
+
+def test_a_gpu_is_given_what_has_cases_for_one() -> None:
+    assert bench._names(None, "cuda:0", None) == ["attention", "varlen_attention"]
+    assert bench._names(None, "cpu", None) == [*bench.ops(), "modules"]
+    assert bench._names(None, "cpu", "reference") == bench.ops()
+    for asked in ("cross_entropy", "modules"):
+        with pytest.raises(UsageError, match=f"{asked} is not measured with this --device or --backend"):
+            bench._names(asked, "cuda:0", None)

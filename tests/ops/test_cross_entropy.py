@@ -145,8 +145,7 @@ def test_no_worse_than_eager(backend, V, dtype, smoothing, pad, eps) -> None:
     assert ours.dtype == torch.float32 and grad.dtype == dtype
     size = exact.abs() + x.detach().double().abs().amax(-1, keepdim=True)
     assert_no_worse("loss", ours, theirs, exact, factor=1.0, size=size)
-    size = (upstream.double().abs().unsqueeze(-1)).expand_as(exact_grad)
-    assert_no_worse("gradient", grad, theirs_grad, exact_grad, factor=1.5, size=exact_grad.abs() + 0 * size)
+    assert_no_worse("gradient", grad, theirs_grad, exact_grad, factor=1.5)
 
 
 @pytest.mark.parametrize("gap", [5.0, 20.0, 60.0, 100.0])
