@@ -7,6 +7,8 @@ A benchmark module (`bench_<op>.py`) offers the names `OP`, `CASES`, `OURS`, `PE
   also says whether it is `quick`;
 - `flops(case)`: floating-point operations of one step;
 - `unavailable(implementation)`: None, or why it cannot run here;
+- maybe `memory(case, implementation)`: megabytes that a step takes on the CPU, or None; a case's
+  `memory_goal` is the share that ours may have of what its `memory_peer` takes, also on a GPU;
 - `chosen(case, settings)`: the name of the backend that serves ours;
 - `passes(case, implementation, settings, copies)`: one training step for each copy of the inputs;
 - `errors(case, implementations, settings)`: largest errors of outputs and gradients against float64;
@@ -231,7 +233,12 @@ def _measure_case(
     steps = {name: bench.passes(case, name, settings, 1)[0].step for name in names}
     seconds = SECONDS_PER_STEP["quick" if settings.quick else "full"] * len(steps)
     times = interleave(steps, seconds)
-    return _rows(bench, case, settings, rates, times, errors)
+    rows = _rows(bench, case, settings, rates, times, errors)
+    if hasattr(bench, "memory") and torch.get_num_threads() == 1:
+        megabytes = {name: bench.memory(case, name) for name in names}
+        for row in rows:
+            row["memory_mb"] = {"peer": megabytes[row["peer"]], "ours": megabytes[bench.OURS]}
+    return rows
 
 
 def _rows(

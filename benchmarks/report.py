@@ -28,6 +28,7 @@ HEADINGS = (
     "our error",
     "GEMM share",
     "limit",
+    "memory MB",
 )
 # On a GPU; times are medians there.
 GPU_HEADINGS = (
@@ -52,7 +53,8 @@ Goals marked "best" are against the fastest peer of the case. Errors are the lar
 float64, over the output and all gradients; in rows with dropout the peer's error is taken without it, since
 its mask cannot be repeated; of models (before and after) they are shares of the largest value. GEMM share:
 the rate of ours over that of a large matrix product in the same run, in float32 or bfloat16 as the case.
-Limit: what the ratio would be at a share of 100 %. Inference of models is forward alone."""
+Limit: what the ratio would be at a share of 100 %. Inference of models is forward alone. Memory, peer / ours:
+what a step takes at most beyond inputs and gradients; its goal is a share of the peer's."""
 
 GPU_LEGEND = """\
 A step is a forward and a backward pass, each timed as replays of a CUDA graph over several copies of the
@@ -82,6 +84,10 @@ def verdict(row: Result) -> str:
         if goal is not None and peer == row["peer"]:
             ratio = min(row[f"{name}_of_minima"], row[f"{name}_of_medians"])
             goals.append(f"{which}>= {goal:g} {'met' if ratio >= goal else 'MISSED'}")
+    share, memory = row.get("memory_goal"), row.get("memory_mb", {})
+    if share is not None and row["peer"] == row["memory_peer"] and memory.get("peer"):
+        met = memory["ours"] <= share * memory["peer"]
+        goals.append(f"memory <= {share:.0%} {'met' if met else 'MISSED'}")
     return ", ".join(goals) or "-"
 
 
@@ -165,7 +171,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _cells(row: Result) -> tuple[str, ...]:
-    ours, peer = row["ours_ms"], row["peer_ms"]
+    ours, peer, memory = row["ours_ms"], row["peer_ms"], row.get("memory_mb", {})
     return (
         row["name"],
         str(row["threads"]),
@@ -178,6 +184,7 @@ def _cells(row: Result) -> tuple[str, ...]:
         f"{max(row['ours_error'].values()):.1e}",
         f"{row['gemm_share']:.0%}",
         f"{row['ratio_of_minima'] / row['gemm_share']:.1f}" if row["gemm_share"] else "-",
+        f"{memory['peer']:.0f} / {memory['ours']:.0f}" if memory.get("peer") else "-",
     )
 
 

@@ -3,9 +3,10 @@
     python -m benchmarks.triton_resources --arch 80 90
 
 prints registers of a thread, bytes that a thread spills to memory, and kilobytes of shared memory of a block.
-Each configuration is compiled as training uses it: causal, with dropout, and with a mask that is added where
-the table has a line of its own for masks. `--features` compiles one head size with each feature alone, and
-with all at once, instead.
+Each configuration is compiled as training uses it: attention causal, with dropout, and with a mask that is
+added where the table has a line of its own for masks; cross entropy with and without a gradient, and rows
+that begin at multiples of 16 bytes or anywhere. `--features` compiles one head size of attention with each
+feature alone, and with all at once, instead.
 
 The launches are the backend's own: a driver that knows no device stands in for Triton's, and a kernel is
 compiled where it would be started. ptxas, which comes with Triton, reports the numbers.
@@ -14,12 +15,14 @@ compiled where it would be started. ptxas, which comes with Triton, reports the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +36,17 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
 from nlpfast.ops.attention import triton_configs, triton_launch
+from nlpfast.ops.cross_entropy import triton_configs as loss_configs
+from nlpfast.ops.cross_entropy import triton_launch as losses
 
 # Kilobytes of shared memory that a block may have on sm_86 and sm_89, the fewest since sm_80.
 SHARED_LIMIT = 99
+OPS = ("attention", "cross_entropy")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 Row = dict[str, Any]
+# What the rows are named after, and a call of a backend.
+NamedCall = tuple[str, Callable[[], object]]
 
 
 class Request(NamedTuple):
@@ -92,36 +100,61 @@ class NoDevice:
         return 0
 
 
-def compile_all(arch: int, requests: list[Request]) -> Iterator[Row]:
-    """Compile the kernels that the requests lead to, for an architecture such as 90; a row for each.
+def compile_all(op: str, arch: int, calls: Iterable[NamedCall]) -> Iterator[Row]:
+    """Compile the kernels that the calls would launch, for an architecture such as 90; a row for each.
 
     Args:
+        op: whose calls these are.
         arch: 80 or 90.
-        requests: for each of them calls of several lengths are made, so that all kernels have their turn.
-            Lines of CONFIGS that a request of the same name has led to are not compiled again.
+        calls: a line of CONFIGS that a call of the same name has led to is not compiled again.
     """
     triton.runtime.driver.set_active(NoDevice(arch))
     found: list[Row] = []
     seen: set[tuple[Any, ...]] = set()
+    configs: dict[Any, Any] = {"attention": triton_configs, "cross_entropy": loss_configs}[op].CONFIGS
 
     def compile_only(launch: triton_launch.Launch, *pointers: Tensor | None) -> None:
-        if (request.name, launch.line) not in seen:
-            seen.add((request.name, launch.line))
+        if (name, launch.line) not in seen:
+            seen.add((name, launch.line))
             compiled = launch.kernel.warmup(*pointers, *launch.numbers, **launch.constants, grid=(1,))
-            row = {
-                "request": request.name,
-                "arch": arch,
-                "kernel": launch.kernel.__name__,
-                "key": launch.line,
-            }
-            found.append({**row, "config": triton_configs.CONFIGS[launch.line], **resources(compiled, arch)})
+            row = {"op": op, "request": name, "arch": arch, "kernel": launch.kernel.__name__}
+            # whether rows of cross entropy begin at multiples of 16 bytes is no part of the table's key
+            config = configs.get(launch.line) or configs[launch.line[:3]]
+            found.append({**row, "key": launch.line, "config": config, **resources(compiled, arch)})
 
     triton_launch.Launch.__call__ = compile_only
+    for each in calls:
+        name, call = each
+        call()
+        yield from found
+        found.clear()
+
+
+def attention_calls(requests: Iterable[Request]) -> Iterator[NamedCall]:
+    """Yield calls of several lengths for each request, so that all kernels have their turn."""
     for request in requests:
         for heads, length in ((2, 64), (2, 128), (triton_launch.MIN_OWNED_HEADS, 512), (2, 1024)):
-            _call(request, heads, length)
-            yield from found
-            found.clear()
+            yield request.name, partial(_call, request, heads, length)
+
+
+def cross_entropy_calls() -> Iterator[NamedCall]:
+    """Yield the calls that lead to every line of the table, with rows that begin at 16 bytes or anywhere."""
+    for _, size, most in loss_configs.CONFIGS:
+        for V in (min(most, 2**17), min(most, 2**17) - 1):
+            x, upstream = torch.empty(1, 1, V, dtype=DTYPES[size]), torch.empty(1, 1)
+            target, statistics = torch.zeros(1, 1, dtype=torch.int64), torch.empty(1, 1, 2)
+            scale, options = torch.empty(()), (-100, -1, 0.9, 0.1 / V)
+            columns = torch.empty(1, V, 2, dtype=x.dtype)[..., :1].transpose(1, 2)
+            yield "gradient", partial(losses.run_forward, x, target, *options, scale, False)
+            yield "loss alone", partial(losses.run_forward, x, target, *options, None, False)
+            for name, logits, gradient, inplace in (
+                ("backward", x, None, False),
+                ("where needed", x, x.clone(), False),
+                ("rescaled", x, x, True),
+                ("columns", columns, None, True),
+            ):
+                tensors = (upstream, logits, target, statistics, gradient, scale)
+                yield name, partial(losses.run_backward, *tensors, *options, inplace)
 
 
 def resources(compiled: Any, arch: int) -> Row:
@@ -151,19 +184,29 @@ def table() -> list[Request]:
 def main(argv: list[str] | None = None) -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("op", nargs="?", choices=OPS, help="whose kernels to compile (all)")
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="80, 90 or both")
-    parser.add_argument("--features", action="store_true", help="one head size, each feature alone")
+    parser.add_argument(
+        "--features", action="store_true", help="attention, one head size, each feature alone"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
     args = parser.parse_args(argv)
-    for arch in args.arch:
-        for row in compile_all(arch, list(FEATURES) if args.features else table()):
-            print(json.dumps(row) if args.json else _line(row), flush=True)
+    for arch, op in itertools.product(args.arch, (args.op,) if args.op else OPS):
+        requests = FEATURES if args.features else table()
+        calls = attention_calls(requests) if op == "attention" else cross_entropy_calls()
+        if op == "attention" or not args.features:
+            for row in compile_all(op, arch, calls):
+                print(json.dumps(row) if args.json else _line(row), flush=True)
 
 
 def _line(row: Row) -> str:
-    kind, size, D, masked = row["key"]
-    config = "x".join(str(number) for number in row["config"])
-    what = f"sm_{row['arch']} {kind:8} {8 * size} bits, D <= {D:3}{', mask' if masked else '':6} {config:12}"
+    kind, size, most, special = row["key"]
+    if row["op"] == "attention":
+        what = f"D <= {most:3}{', mask' if special else '':6}"
+    else:
+        what = f"V <= {most:10}, rows {'at 16 bytes' if special else 'anywhere':11}"
+    config = "x".join(str(number) for number in row["config"] if number is not None)
+    what = f"sm_{row['arch']} {kind:8} {8 * size} bits, {what} {config:12}"
     used = f"{row['registers']:3} registers, {row['spills']:4} bytes spilled, {row['shared']:5.1f} KB shared"
     return f"{what} {used}  ({row['request']})"
 

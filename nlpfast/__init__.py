@@ -4,8 +4,19 @@ from nlpfast import hf, nn
 from nlpfast.convert import accelerate, undo
 from nlpfast.ops.attention import attention
 from nlpfast.ops.cross_entropy import cross_entropy
+from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from nlpfast.ops.varlen_attention import varlen_attention
 
-__all__ = ["__version__", "accelerate", "attention", "cross_entropy", "hf", "nn", "undo", "varlen_attention"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "attention",
+    "cross_entropy",
+    "hf",
+    "linear_cross_entropy",
+    "nn",
+    "undo",
+    "varlen_attention",
+]
 
 __version__ = "0.1.0"

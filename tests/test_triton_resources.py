@@ -15,7 +15,7 @@ SHARED_KILOBYTES = 99
 SPILLING = {("dq", 4, 256, False), ("dq", 4, 256, True), ("dkdv", 4, 256, True)}
 
 CONFIGS = (
-    "from nlpfast.ops.attention.triton_configs import CONFIGS; import json; print(json.dumps(list(CONFIGS)))"
+    "from nlpfast.ops.{} import triton_configs; import json; print(json.dumps(list(triton_configs.CONFIGS)))"
 )
 
 
@@ -33,28 +33,52 @@ def rows_of(process: subprocess.Popen[str]) -> list[dict]:
     return [json.loads(line) for line in printed.splitlines()]
 
 
+def compiled(op: str, capsys: pytest.CaptureFixture[str]) -> tuple[list, list[dict]]:
+    """The keys of an op's table, and what every configuration takes of both architectures, also printed."""
+    resources = ("-m", "benchmarks.triton_resources", op, "--json", "--arch")
+    both = [start(*resources, arch) for arch in ("80", "90")]
+    (table,) = rows_of(start("-c", CONFIGS.format(op)))
+    rows = [row for process in both for row in rows_of(process)]
+    with capsys.disabled():
+        print()
+        for row in rows:
+            used = f"{row['registers']} registers, {row['spills']} spills, {row['shared']} KB shared"
+            print(f"sm_{row['arch']} {row['key']} {row['config']}: {used}")
+    return table, rows
+
+
 @pytest.mark.slow
 def test_every_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    resources = ("-m", "benchmarks.triton_resources", "--json", "--arch")
-    both = [start(*resources, arch) for arch in ("80", "90")]
-    (table,) = rows_of(start("-c", CONFIGS))
+    table, rows = compiled("attention", capsys)
     assert len(table) > 50
-    for process in both:
-        rows = rows_of(process)
-        assert {tuple(row["key"]) for row in rows} == {tuple(key) for key in table}
-        for row in rows:
-            assert row["registers"] <= 255 and row["shared"] <= SHARED_KILOBYTES, row
-            assert row["spills"] <= (1024 if tuple(row["key"]) in SPILLING else 0), row
-        with capsys.disabled():
-            print()
-            for row in rows:
-                used = f"{row['registers']} registers, {row['spills']} spills, {row['shared']} KB shared"
-                print(f"sm_{row['arch']} {row['key']} {row['config']}: {used}")
+    for arch in (80, 90):
+        assert {tuple(r["key"]) for r in rows if r["arch"] == arch} == {tuple(key) for key in table}
+    for row in rows:
+        assert row["registers"] <= 255 and row["shared"] <= SHARED_KILOBYTES, row
+        assert row["spills"] <= (1024 if tuple(row["key"]) in SPILLING else 0), row
+
+
+@pytest.mark.slow
+def test_every_configuration_of_cross_entropy(capsys: pytest.CaptureFixture[str]) -> None:
+    table, rows = compiled("cross_entropy", capsys)
+    assert len(table) >= 20
+    wanted = {(*key, vectors) for key in table for vectors in (False, True)}
+    for arch in (80, 90):
+        assert {tuple(row["key"]) for row in rows if row["arch"] == arch} == wanted
+    for row in rows:
+        (kind, _, _, vectors), (_, _, warps, _) = row["key"], row["config"]
+        assert row["spills"] == 0 and row["shared"] <= 1, row
+        # Two programs a multiprocessor, or one of 32 warps; rows that begin anywhere take more where the
+        # table sets no limit.
+        resident = 65536 // (32 * warps * row["registers"])
+        assert resident >= (2 if warps <= 16 and (vectors or kind != "whole") else 1), row
 
 
 @pytest.mark.slow
 def test_every_feature_compiles() -> None:
-    rows = rows_of(start("-m", "benchmarks.triton_resources", "--json", "--arch", "90", "--features"))
+    rows = rows_of(
+        start("-m", "benchmarks.triton_resources", "attention", "--json", "--arch", "90", "--features")
+    )
     kernels = {row["kernel"] for row in rows}
     assert {"_fwd_kernel", "_bwd_kernel", "_bwd_dq_kernel", "_bwd_dkdv_kernel"} <= kernels
     assert len({row["request"] for row in rows}) >= 9

@@ -8,8 +8,11 @@ system may take it where it is short of memory.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import mmap
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,38 +22,37 @@ from torch import Tensor
 SMALLEST = 4 << 20
 # Memory that was given back; no more than a step needs at the same time.
 _free: list[mmap.mmap] = []
-_KEPT = 2
+_KEPT = 3
 
 
-def empty(like: Tensor) -> Tensor:
-    """Return an uninitialized, contiguous tensor of the shape and dtype of ``like``, on the CPU.
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialized, contiguous tensor on the CPU.
 
-    Equivalent PyTorch: ``torch.empty(like.shape, dtype=like.dtype)``, whose settings for memory that must not
-    stay uninitialized count here too. It cannot be resized.
+    Equivalent PyTorch: ``torch.empty(shape, dtype=dtype)``, whose settings for memory that must not stay
+    uninitialized count here too. It cannot be resized.
 
     Args:
-        like: a tensor on the CPU.
+        shape: its sizes.
+        dtype: of its elements.
     """
-    nbytes = like.numel() * like.element_size()
+    nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST or torch.are_deterministic_algorithms_enabled():
-        return torch.empty(like.shape, dtype=like.dtype)
+        return torch.empty(shape, dtype=dtype)
     memory = _take(nbytes)
     lent = np.frombuffer(memory, dtype=np.uint8, count=nbytes)
     # the tensor holds the array, and nobody else does: it goes when the tensor's storage does
     weakref.finalize(lent, _give_back, memory)
-    return torch.from_numpy(lent).view(like.dtype).view(like.shape)
+    return torch.from_numpy(lent).view(dtype).view(shape)
 
 
 def _take(nbytes: int) -> mmap.mmap:
     """Return memory that was given back, if there is some of about this size, or else new memory."""
-    while True:
-        # one operation, so that threads need no lock; what does not fit is dropped, as it may never again
-        try:
-            memory = _free.pop()
-        except IndexError:
-            break
+    for memory in tuple(_free):
         if nbytes <= len(memory) <= 2 * nbytes:
-            return memory
+            # one operation, so that threads need no lock: what another has taken is not there
+            with contextlib.suppress(ValueError):
+                _free.remove(memory)
+                return memory
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -58,7 +60,8 @@ def _take(nbytes: int) -> mmap.mmap:
 
 
 def _give_back(memory: mmap.mmap) -> None:
-    if len(_free) < _KEPT:
-        if hasattr(mmap, "MADV_FREE"):
-            memory.madvise(mmap.MADV_FREE)
-        _free.append(memory)
+    if hasattr(mmap, "MADV_FREE"):
+        memory.madvise(mmap.MADV_FREE)
+    _free.append(memory)
+    # what nobody asks for any more goes first
+    del _free[:-_KEPT]

@@ -1,6 +1,7 @@
 """Cross entropy in PyTorch: layouts, memory, in place, backward twice, compile, and searched calls."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -20,6 +21,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IGNORED = -100
 CASES: Counter[str] = Counter()
 OPTIONS = {"label_smoothing": 0.1}
+# Triton's interpreter takes some milliseconds for a row.
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+EXAMPLES = 150 if INTERPRETER else 2000
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,9 +190,9 @@ def test_second_derivatives_are_an_error(backend) -> None:
 
 
 def test_same_bits_250_times_and_for_any_number_of_threads(backend) -> None:
-    x, target = inputs(8, 16, 1500)
+    x, target = inputs(*((2, 3) if INTERPRETER else (8, 16)), 1500)
     expected = run(x, target, backend=backend), run(x, target, reduction="none", backend=backend)
-    for _ in range(250):
+    for _ in range(3 if INTERPRETER else 250):
         assert_equal(run(x, target, backend=backend), expected[0])
     before = torch.get_num_threads()
     try:
@@ -370,7 +374,7 @@ def check(backend: str, call: dict) -> None:
     assert ((grad.double() - slope).abs() <= slack).all()
 
 
-@settings(max_examples=2000)
+@settings(max_examples=max(EXAMPLES, settings().max_examples))
 @given(call=calls())
 def test_any_call(backend: str, call: dict) -> None:
     check(backend, call)

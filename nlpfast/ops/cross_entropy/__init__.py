@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 from nlpfast import dispatch, native
+from nlpfast.ops import labels
 from nlpfast.ops.cross_entropy import reference
 from nlpfast.ops.second_derivative import refuse_second_derivative
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status()}
+_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
 if native.status() == "ok":
     from nlpfast.ops.cross_entropy import cpu
 
     _backends["cpu"] = cpu
+if dispatch.triton_status() == "ok":
+    from nlpfast.ops.cross_entropy import triton
+
+    _backends["triton"] = triton
 dispatch.registry["cross_entropy"] = {**_backends, "reference": reference}
 
-REDUCTIONS = ("none", "sum", "mean", "sequence")
-SMOOTHINGS = ("uniform", "fairseq", "exclude_pad")
 NO_SECOND = "cross_entropy has no second derivatives: use F.cross_entropy, or drop create_graph=True"
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -100,30 +103,20 @@ def cross_entropy(
     Papers: Szegedy et al., "Rethinking the Inception architecture", 2016 (label smoothing). Vaswani et al.,
     "Attention is all you need", 2017.
     """
-    _check(input, target, reduction, label_smoothing, smoothing, pad_index)
-    V = input.shape[-1]
-    if pad_index is not None:
-        target = target.masked_fill(target.eq(pad_index), ignore_index)
-    if input.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_targets(target, ignore_index, V)
-    on_target, on_other = _smoothed(label_smoothing, smoothing, V)
-    logits, index = _as_sequences(input, target)
+    _check(input)
+    options = (ignore_index, reduction, label_smoothing, smoothing, pad_index)
+    known = labels.prepare(target, input, input.shape[-1], *options)
+    logits, index = labels.as_sequences(input, known.target)
     module = dispatch.choose("cross_entropy", input.device.type, backend, (logits, index))
-    count = (target != ignore_index).sum()
     # rows that share memory have gradients that do not
     shared = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
     inplace = inplace and not shared and not torch.compiler.is_compiling()
-    options = (ignore_index, -1 if pad_index is None else pad_index, on_target, on_other)
     if torch.is_grad_enabled() and input.requires_grad:
-        scale = _grad_scale(reduction, count, inplace, logits)
-        loss, nll, correct = _CrossEntropy.apply(logits, index, scale, *options, inplace, module)
+        scale = _grad_scale(reduction, known.counted, inplace, logits)
+        loss, nll, correct = _CrossEntropy.apply(logits, index, scale, *known.options, inplace, module)
     else:
-        loss, nll, correct, _, _ = module.forward(logits, index, *options, None, False)
-    loss = _reduced(loss.view(target.shape), reduction, count)
-    if not return_nll:
-        return loss
-    correct = _reduced(correct.view(target.shape).long(), "sum" if reduction == "mean" else reduction, count)
-    return loss, _reduced(nll.view(target.shape), reduction, count), correct
+        loss, nll, correct, _, _ = module.forward(logits, index, *known.options, None, False)
+    return known.results(loss, nll, correct, reduction, return_nll)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -177,76 +170,14 @@ class _CrossEntropy(torch.autograd.Function):
         return (grad, *(None,) * 8)
 
 
-def _check(
-    input: Tensor,
-    target: Tensor,
-    reduction: str,
-    label_smoothing: float,
-    smoothing: str,
-    pad_index: int | None,
-) -> None:
-    """Raise for arguments that do not fit; the values of the targets are looked at elsewhere."""
+def _check(input: Tensor) -> None:
+    """Raise for logits that do not fit."""
     if input.ndim == 0 or input.shape[-1] == 0:
         rule = "it must be [..., V] with at least one class"
         raise ValueError(f"input has the shape {list(input.shape)}; {rule}: give a logit a class")
     if input.dtype not in _FLOATING:
         rule = "it must be float32, bfloat16, float16 or float64"
         raise TypeError(f"input has the dtype {input.dtype}; {rule}: convert it")
-    if target.dtype != torch.int64:
-        rule = "it must be torch.int64, one class a row"
-        raise TypeError(
-            f"target has the dtype {target.dtype}; {rule}: call .long() on it, "
-            "or F.cross_entropy for probabilities"
-        )
-    if target.shape != input.shape[:-1]:
-        rule = f"it must be input's without the classes, {list(input.shape[:-1])}"
-        raise ValueError(f"target has the shape {list(target.shape)}; {rule}: reshape one of the two")
-    if target.device != input.device:
-        raise ValueError(f"target is on {target.device} and input on {input.device}: move one of the two")
-    for name, value, known in (("reduction", reduction, REDUCTIONS), ("smoothing", smoothing, SMOOTHINGS)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; it must be one of {known}: pass one of them")
-    if reduction == "sequence" and target.ndim not in (1, 2):
-        rule = "reduction='sequence' takes [B, T, V] or [T, V]"
-        raise ValueError(f"input has the shape {list(input.shape)}; {rule}: view it so")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in 0..1: pass a share")
-    if (smoothing == "exclude_pad") != (pad_index is not None):
-        raise ValueError(
-            f"pad_index is {pad_index} and smoothing {smoothing!r}; 'exclude_pad' needs a pad_index, "
-            "the others have none: change one of the two"
-        )
-    if pad_index is not None and not 0 <= pad_index < input.shape[-1]:
-        raise ValueError(f"pad_index is {pad_index}; it must lie in 0..{input.shape[-1] - 1}: name a class")
-
-
-def _check_targets(target: Tensor, ignore_index: int, V: int) -> None:
-    """Raise for a target that is no class; only where looking at values costs nothing."""
-    outside = ((target < 0) | (target >= V)) & (target != ignore_index)
-    if outside.any():
-        where = outside.nonzero()[0].tolist()
-        value = int(target[tuple(where)])
-        raise ValueError(
-            f"target{where} is {value}; it must be a class, 0..{V - 1}, or ignore_index={ignore_index}: "
-            "encode the labels for these logits"
-        )
-
-
-def _smoothed(eps: float, smoothing: str, V: int) -> tuple[float, float]:
-    """Return q at the target and at the classes that share eps."""
-    sharing = {"uniform": V, "fairseq": V - 1, "exclude_pad": V - 2}[smoothing]
-    if sharing <= 0:
-        return 1.0, 0.0
-    on_other = eps / sharing
-    return 1.0 - eps + (on_other if smoothing == "uniform" else 0.0), on_other
-
-
-def _as_sequences(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits as [B, T, V] and the targets as [B, T]; views, but for more than three dimensions."""
-    if input.ndim < 3:
-        lead = (1,) * (3 - input.ndim)
-        return input.view(lead + tuple(input.shape)), target.reshape(lead + tuple(target.shape))
-    return input.flatten(0, -3), target.flatten(0, -2)
 
 
 def _grad_scale(reduction: str, count: Tensor, inplace: bool, input: Tensor) -> Tensor | None:
@@ -259,12 +190,3 @@ def _grad_scale(reduction: str, count: Tensor, inplace: bool, input: Tensor) -> 
     dtype = input.dtype if input.dtype == torch.float64 else torch.float32
     one = torch.ones((), dtype=dtype, device=input.device)
     return one / count if reduction == "mean" else one
-
-
-def _reduced(rows: Tensor, reduction: str, count: Tensor) -> Tensor:
-    """Return the rows [...], their sum, their mean over those that count, or a sum a sequence."""
-    if reduction == "none":
-        return rows
-    if reduction == "sequence":
-        return rows.sum(-1)
-    return rows.sum() / count if reduction == "mean" else rows.sum()

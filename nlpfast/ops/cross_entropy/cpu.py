@@ -34,7 +34,7 @@ def forward(
     rows = _rows(input)
     if grad_scale is None:
         return (*torch.ops.nlpfast.cross_entropy_forward(rows, *options), None)
-    gradient = rows if inplace else large_buffers.empty(rows)
+    gradient = rows if inplace else large_buffers.empty(rows.shape, rows.dtype)
     results = torch.ops.nlpfast.cross_entropy_forward_out(rows, *options, grad_scale.item(), gradient)
     # logits whose classes do not lie together get their gradient by a copy
     return (*results, input.copy_(gradient) if inplace and rows is not input else gradient)
@@ -64,9 +64,11 @@ def backward(
     options = (ignore_index, pad_index, on_target, on_other)
     if torch.compiler.is_compiling():
         return torch.ops.nlpfast.cross_entropy_backward(*tensors, *options)
-    out = large_buffers.empty(rows) if gradient is None else gradient
+    out = gradient
+    if out is None:
+        out = rows if inplace else large_buffers.empty(rows.shape, rows.dtype)
     torch.ops.nlpfast.cross_entropy_backward_out(*tensors, *options, out)
-    return out
+    return input.copy_(out) if inplace and rows is not input else out
 
 
 def _rows(input: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ def backward(
         pad_index: as in `forward`.
         on_target: as in `forward`.
         on_other: as in `forward`.
-        inplace: the logits are no more: their gradient is there instead.
+        inplace: with a gradient, the logits are no more: it is there instead. Without one, it is to be
+            written over the logits.
 
     Returns:
         The input's shape and dtype.
@@ -135,7 +136,8 @@ def backward(
     # softmax - q at the target, where both are nearly 1
     slope = slope.scatter(-1, index, (1.0 - on_target) - others / total)
     slope = slope * grad_loss.to(x.dtype).unsqueeze(-1)
-    return slope.where(kept.unsqueeze(-1), 0.0).to(input.dtype)
+    slope = slope.where(kept.unsqueeze(-1), 0.0).to(input.dtype)
+    return input.copy_(slope) if inplace else slope
 
 
 def rescaled(gradient: Tensor, grad_loss: Tensor, grad_scale: Tensor, kept: Tensor) -> Tensor:
