@@ -92,7 +92,6 @@ LAUNCH_TWICE = """
 from types import SimpleNamespace
 import torch, triton
 from benchmarks.triton_resources import NoDevice
-from nlpfast.ops.attention import triton_launch
 
 launched = []
 
@@ -109,6 +108,29 @@ triton.runtime.driver.set_active(Recorder(90))
 seen_by_triton = []
 run = triton.JITFunction.run
 triton.JITFunction.run = lambda *rest, **names: (seen_by_triton.append(rest[0]), run(*rest, **names))[1]
+CALL
+def plain(entry):
+    # The seventh argument holds what a profiler would be told, a new object each time.
+    values = [(x.dtype, x.shape) if isinstance(x, torch.Tensor) else x for x in entry[1]]
+    return (entry[0], *values[:6], *values[7:])
+
+for offset, kernels in ((0, 1), (0, 1), (1, 2), (1, 2), (0, 2)):
+    call(offset)
+    assert len(seen_by_triton) == kernels * EACH, "a shape with other alignment is one that Triton has to see"
+first, second, unaligned, again, third = (
+    [plain(x) for x in launched[i * EACH : (i + 1) * EACH]] for i in range(5)
+)
+assert first == second == third and unaligned == again
+assert launched[0][0] != launched[2 * EACH][0], "unaligned memory needs another kernel"
+"""
+
+# How many kernels a process launches in a call, and the call; with an offset of 0 memory is aligned.
+CALLS = {
+    "attention": (
+        2,
+        """
+from nlpfast.ops.attention import triton_launch
+
 storage = torch.empty(3, 40 * 64 * 32 + 1, dtype=torch.bfloat16)
 
 def call(offset):
@@ -117,24 +139,30 @@ def call(offset):
     shared = (q, k, v, None, None, None, None, None, 64, 64, seed, 0.1, "top_left", 0.125)
     out, lse, stats = triton_launch.run_forward(*shared)
     triton_launch.run_backward(out, lse, out, stats, False, *shared)
+""",
+    ),
+    "cross_entropy": (
+        3,
+        """
+from nlpfast.ops.cross_entropy import triton_launch
 
-def plain(entry):
-    # The seventh argument holds what a profiler would be told, a new object each time.
-    values = [(x.dtype, x.shape) if isinstance(x, torch.Tensor) else x for x in entry[1]]
-    return (entry[0], *values[:6], *values[7:])
+storage = torch.empty(40 * 63 + 1, dtype=torch.bfloat16)
 
-for offset, kernels in ((0, 2), (0, 2), (1, 4), (1, 4), (0, 4)):
-    call(offset)
-    assert len(seen_by_triton) == kernels, "a shape with other alignment is one that Triton has to see"
-first, second, unaligned, again, third = (
-    [plain(x) for x in launched[i : i + 2]] for i in range(0, 10, 2)
-)
-assert first == second == third and unaligned == again
-assert launched[0][0] != launched[4][0], "unaligned memory needs another kernel"
-"""
+def call(offset):
+    x = storage[offset : offset + 40 * 63].view(2, 20, 63)
+    target, scale = torch.zeros(2, 20, dtype=torch.int64), torch.zeros(())
+    options = (-100, 1, 0.9, 0.01)
+    triton_launch.run_forward(x, target, *options, None, False)
+    *_, statistics, gradient = triton_launch.run_forward(x, target, *options, scale, True)
+    triton_launch.run_backward(scale.expand(2, 20), x, target, statistics, gradient, scale, *options, True)
+""",
+    ),
+}
 
 
-def test_second_launch_passes_what_triton_passed_at_the_first() -> None:
-    process = start("-c", LAUNCH_TWICE)
+@pytest.mark.parametrize("op", list(CALLS))
+def test_second_launch_passes_what_triton_passed_at_the_first(op: str) -> None:
+    each, call = CALLS[op]
+    process = start("-c", LAUNCH_TWICE.replace("CALL", call).replace("EACH", str(each)))
     process.communicate()
     assert process.returncode == 0

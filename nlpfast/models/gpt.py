@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlpfast.models import pretrained
 from nlpfast.nn import CausalSelfAttention
+from nlpfast.ops.cross_entropy import cross_entropy
+from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["GPT", "Block", "GPT1Config", "GPTConfig", "OptimizerOptions"]
 
@@ -166,18 +167,22 @@ class GPT(nn.Module):
         """Return the longest sequence that the model reads, `block_size`."""
         return self.block_size
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Return the logits of the token after each position, and the loss if targets are given.
 
         The loss is ``F.cross_entropy(logits.view(-1, V), targets.view(-1),
-        ignore_index=config.ignore_index)``.
+        ignore_index=config.ignore_index)``, in float32.
 
         Args:
             idx: tokens [B, T], int64 or int32, 0 <= idx < V, T <= block_size.
             targets: the tokens that follow, int64 [B, T]; `config.ignore_index` where none counts.
+            return_logits: without, and with targets, the loss alone is computed, by ``linear_cross_entropy``,
+                and there are never all logits at once; hooks of `head` are not called.
 
         Returns:
-            logits [B, T, V] and a scalar loss, or None.
+            logits [B, T, V] and a scalar loss, or None in the place of each that was not asked for.
 
         Raises:
             ValueError: when the shapes do not fit, T > block_size, or (on the CPU) a token is outside the
@@ -185,7 +190,7 @@ class GPT(nn.Module):
         """
         if idx.dim() != 2:
             raise ValueError(f"idx has shape {list(idx.shape)}, expected [B, T]; add the batch dimension")
-        B, T = idx.shape
+        T = idx.shape[1]
         if self.block_size < T:
             raise ValueError(
                 f"idx has T={T} tokens a row, block_size={self.block_size} is the most this model reads; "
@@ -199,19 +204,14 @@ class GPT(nn.Module):
         try:
             x = self.tok_emb(idx)  # [B, T, C]
         except IndexError:
-            raise _outside("idx", idx, (idx < 0) | (idx >= V), V) from None
+            raise _outside(idx, V) from None
         x = self.drop(x + self.pos_emb[:, :T])
         x = self.ln_f(self.blocks(x))
+        ignored = self.config.ignore_index
+        if targets is not None and not return_logits:
+            return None, linear_cross_entropy(x, self.head.weight, targets, ignore_index=ignored)
         logits = self.head(x)  # [B, T, V]
-        if targets is None:
-            return logits, None
-        ignore_index = self.config.ignore_index
-        try:
-            loss = F.cross_entropy(logits.view(B * T, V), targets.reshape(B * T), ignore_index=ignore_index)
-        except IndexError:
-            outside = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
-            raise _outside("targets", targets, outside, V) from None
-        return logits, loss
+        return logits, None if targets is None else cross_entropy(logits, targets, ignore_index=ignored)
 
     def configure_optimizers(self, train_config: OptimizerOptions) -> torch.optim.AdamW:
         """Return AdamW that decays the weights of linear layers, and nothing else.
@@ -300,9 +300,9 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _outside(name: str, tokens: Tensor, outside: Tensor, V: int) -> ValueError:
-    b, t = outside.nonzero()[0].tolist()
+def _outside(idx: Tensor, V: int) -> ValueError:
+    b, t = ((idx < 0) | (idx >= V)).nonzero()[0].tolist()
     return ValueError(
-        f"{name}[{b}, {t}] is {int(tokens[b, t])}, outside the vocabulary 0..{V - 1}; "
+        f"idx[{b}, {t}] is {int(idx[b, t])}, outside the vocabulary 0..{V - 1}; "
         "encode the text with the vocabulary the model was built for"
     )

@@ -2,7 +2,7 @@
 
 from nlpfast.nn.bert_attention import BertSelfAttention
 from nlpfast.nn.causal_attention import AttentionConfig, CausalCrossAttention, CausalSelfAttention
-from nlpfast.nn.losses import CrossEntropyLoss
+from nlpfast.nn.losses import CrossEntropyLoss, LabelSmoothedCrossEntropy
 from nlpfast.nn.multihead_attention import MultiheadAttention
 from nlpfast.nn.packed_attention import PackedCausalSelfAttention
 
@@ -12,6 +12,7 @@ __all__ = [
     "CausalCrossAttention",
     "CausalSelfAttention",
     "CrossEntropyLoss",
+    "LabelSmoothedCrossEntropy",
     "MultiheadAttention",
     "PackedCausalSelfAttention",
 ]

@@ -16,6 +16,7 @@ from nlpfast.train.checkpoint import find_exact
 from nlpfast.train.config import ConfigError, LanguageModelOptions, TrainerConfig
 from nlpfast.train.device import resolve_device
 from nlpfast.train.log import check_tensorboard
+from nlpfast.train.objective import loss_alone
 from nlpfast.train.trainer import Trainer, TrainState
 
 TRAINING_SHARE = 0.9
@@ -138,6 +139,7 @@ def train_language_model(
         model,
         train,
         config,
+        loss_fn=loss_alone,
         validation=validation,
         output_dir=folder,
         metadata={"vocabulary": vocabulary.chars, "text": source},

@@ -20,6 +20,17 @@ def model_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     return loss
 
 
+def loss_alone(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """Return the loss of a model that can leave out the logits, such as GPT: it never has all of them.
+
+    Args:
+        model: is called as `model(*batch, return_logits=False)`.
+        batch: inputs and targets, on the model's device.
+    """
+    loss: Tensor = model(*batch, return_logits=False)[1]
+    return loss
+
+
 def count_targets(batch: Sequence[Tensor]) -> int:
     """Return how many entries of `batch[1]`, the targets, are not -100.
 

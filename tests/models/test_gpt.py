@@ -95,6 +95,22 @@ def test_equals_its_formulas(length, dtype, named, std, tolerance):
         assert (parameter.grad - gradients[name]).abs().max() < tolerance, name
     assert gpt(idx)[1] is None
     assert torch.equal(gpt(idx)[0], logits)
+    assert torch.equal(gpt(idx, return_logits=False)[0], logits)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_loss_without_logits(dtype, tolerance):
+    gpt = model(0.3, dtype)
+    idx, targets = tokens()
+    targets[:, ::2] = -100
+    gpt.head.register_forward_hook(lambda *_: pytest.fail("all logits are computed"))
+    logits, loss = gpt(idx, targets, return_logits=False)
+    loss.backward()
+    assert logits is None
+    _, expected, gradients = twin_and_gradients(gpt, idx, targets)
+    assert (loss - expected).abs() < tolerance
+    for name, parameter in gpt.named_parameters():
+        assert (parameter.grad - gradients[name]).abs().max() < tolerance, name
 
 
 def test_a_token_sees_nothing_after_it():
@@ -190,6 +206,8 @@ def test_takes_int32_and_compiles_whole():
     compiled_logits, compiled_loss = torch.compile(gpt, fullgraph=True, backend="aot_eager")(idx, targets)
     assert (compiled_logits - logits).abs().max() < 1e-5
     assert (compiled_loss - loss).abs() < 1e-5
+    alone = torch.compile(gpt, fullgraph=True, backend="aot_eager")(idx, targets, return_logits=False)
+    assert alone[0] is None and (alone[1] - loss).abs() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -232,8 +250,8 @@ def test_a_configuration_keeps_further_names():
         ([[0, 1], [2, V]], None, f"idx[1, 1] is {V}, outside the vocabulary 0..{V - 1}"),
         ([[0, -1]], None, "idx[0, 1] is -1, outside the vocabulary"),
         ([[0, 1]], [[1]], "targets has shape [1, 1], idx [1, 2]"),
-        ([[0, 1]], [[1, V]], f"targets[0, 1] is {V}, outside the vocabulary"),
-        ([[0, 1]], [[-100, -2]], "targets[0, 1] is -2, outside the vocabulary"),
+        ([[0, 1]], [[1, V]], f"target[0, 1] is {V}; it must be a class, 0..{V - 1}"),
+        ([[0, 1]], [[-100, -2]], "target[0, 1] is -2; it must be a class"),
     ],
 )
 def test_wrong_tokens_are_refused(idx, targets, message):

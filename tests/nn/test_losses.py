@@ -1,10 +1,11 @@
-"""nlpfast.nn.CrossEntropyLoss against torch.nn.CrossEntropyLoss."""
+"""nlpfast.nn.CrossEntropyLoss against torch's class, LabelSmoothedCrossEntropy against fairseq's recipe."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from nlpfast.nn import CrossEntropyLoss, losses
+from nlpfast.nn import CrossEntropyLoss, LabelSmoothedCrossEntropy, losses
 
 
 def pair(**options):
@@ -55,3 +56,55 @@ def test_backend_by_name():
     with pytest.raises(ValueError, match="nonsense"):
         loss(torch.randn(2, 3), torch.tensor([0, 1]))
     assert not loss.state_dict()
+
+
+def recipe(logits, target, eps, ignore_index):
+    """Loss and nll, summed, as fairseq's criterion is published to compute them."""
+    logp = F.log_softmax(logits, -1)
+    kept = target != ignore_index
+    nll = -logp[kept].gather(-1, target[kept].unsqueeze(-1)).sum()
+    share = eps / (logits.shape[-1] - 1)
+    return (1 - eps - share) * nll - share * logp[kept].sum(), nll
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_recipe_of_fairseq(projected, reduction):
+    rows, weight, bias = torch.randn(3, 5, 8), torch.randn(11, 8), torch.randn(11)
+    tensors = [x.requires_grad_() for x in (rows, weight, bias)]
+    target = torch.randint(2, 11, (3, 5))
+    target[1, 2:] = 1
+    loss = LabelSmoothedCrossEntropy(0.2, ignore_index=1, reduction=reduction)
+    logits = F.linear(*tensors)
+    arguments = (rows, target, weight, bias) if projected else (logits, target)
+    found, nll, correct = loss(*arguments, return_nll=True)
+    count = (target != 1).sum() if reduction == "mean" else 1
+    expected, expected_nll = (x / count for x in recipe(logits, target, 0.2, 1))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(nll, expected_nll)
+    assert correct == ((logits.argmax(-1) == target) & (target != 1)).sum()
+    assert torch.equal(loss(*arguments), found)
+    grads = (torch.autograd.grad(x, tensors, retain_graph=True) for x in (found, expected))
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_attributes_are_those_of_the_functions(monkeypatch):
+    seen = []
+    monkeypatch.setattr(losses, "cross_entropy", lambda *a, **k: seen.append(k))
+    monkeypatch.setattr(losses, "linear_cross_entropy", lambda *a, **k: seen.append(k))
+    options = {"smoothing": "exclude_pad", "ignore_index": 7, "pad_index": 0, "reduction": "sequence"}
+    loss = LabelSmoothedCrossEntropy(0.3, **options)
+    loss.backend = "reference"
+    x, target = torch.randn(2, 3, 4), torch.zeros(2, 3).long()
+    loss(x, target)
+    loss(x, target, torch.randn(4, 4), return_nll=True)
+    expected = {"label_smoothing": 0.3, **options, "backend": "reference"}
+    assert seen[0] == {**expected, "return_nll": False}
+    assert seen[1] == {**expected, "return_nll": True, "linear_bias": None}
+    with pytest.raises(ValueError, match="linear_bias is given without linear_weight"):
+        loss(x, target, linear_bias=torch.zeros(4))
+    assert repr(loss) == (
+        "LabelSmoothedCrossEntropy(label_smoothing=0.3, smoothing='exclude_pad', ignore_index=7, "
+        "pad_index=0, reduction='sequence')"
+    )

@@ -254,7 +254,7 @@ def without_waiting() -> Iterator[None]:
 
 
 def every_call(x: Tensor, target: Tensor) -> list[Tensor]:
-    """Forward and backward in each of the ways that there are, with foreseen upstream gradients and others."""
+    """Forward and backward in each way that there is, with foreseen upstream gradients and others."""
     found = []
     for reduction in ("mean", "none"):
         for inplace in (False, True):

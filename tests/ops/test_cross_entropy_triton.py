@@ -101,6 +101,8 @@ ODD = {
     "nan": {40: math.nan},
     "nan at the target": {3: math.nan},
     "nan before and after": {2: math.nan, 70: math.nan},
+    "nan before the largest": {1: math.nan, 3: 50.0},
+    "nan after the largest": {3: 50.0, 70: math.nan},
     "inf": {40: math.inf},
     "inf at the target": {3: math.inf},
     "two inf": {3: math.inf, 40: math.inf},

@@ -171,7 +171,7 @@ def _on_vectors(x: Tensor, vec: int) -> bool:
 
 
 def _as_a_copy_lies(input: Tensor) -> Tensor:
-    """Return the logits, or a copy where theirs rows begin at worse places than those of a copy would.
+    """Return the logits, or a copy where their rows begin at worse places than those of a copy would.
 
     The kernels add up a row in an order that depends on how they read it. As it is, that is the number of
     classes alone.
@@ -192,21 +192,25 @@ def _register() -> None:
     """Make operations of the launches, and tell torch.compile the shapes of what they return."""
     options = "int ignore_index, int pad_index, float on_target, float on_other"
 
-    def run_alone(input: Tensor, *rest: Any) -> Losses:
-        return _forward(_as_a_copy_lies(input), *rest, None, None)
+    def losses_alone(input: Tensor, target: Tensor, *rest: Any) -> Losses:
+        ignore_index, pad_index, on_target, on_other = rest
+        rows = _as_a_copy_lies(input)
+        return _forward(rows, target, ignore_index, pad_index, on_target, on_other, None, None)
 
-    def run_back(grad_loss: Tensor, input: Tensor, *rest: Any) -> Tensor:
+    def gradient_alone(grad_loss: Tensor, input: Tensor, *rest: Any) -> Tensor:
+        target, statistics, ignore_index, pad_index, on_target, on_other = rest
         gradient = input.new_empty(input.shape)
-        _backward(grad_loss, input, *rest, None, gradient, False)
+        options = (ignore_index, pad_index, on_target, on_other)
+        _backward(grad_loss, input, target, statistics, *options, None, gradient, False)
         return gradient
 
     forward = torch.library.custom_op(
-        *("nlpfast::triton_cross_entropy_forward", run_alone),
+        *("nlpfast::triton_cross_entropy_forward", losses_alone),
         mutates_args=(),
         schema=f"(Tensor input, Tensor target, {options}) -> (Tensor, Tensor, Tensor, Tensor)",
     )
     backward = torch.library.custom_op(
-        *("nlpfast::triton_cross_entropy_backward", run_back),
+        *("nlpfast::triton_cross_entropy_backward", gradient_alone),
         mutates_args=(),
         schema=f"(Tensor grad_loss, Tensor input, Tensor target, Tensor statistics, {options}) -> Tensor",
     )

@@ -13,11 +13,15 @@ from nlpfast.ops import labels, large_buffers
 from nlpfast.ops.linear_cross_entropy import reference
 from nlpfast.ops.second_derivative import refuse_second_derivative
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status()}
+_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
 if native.status() == "ok":
     from nlpfast.ops.linear_cross_entropy import cpu
 
     _backends["cpu"] = cpu
+if dispatch.triton_status() == "ok":
+    from nlpfast.ops.linear_cross_entropy import triton
+
+    _backends["triton"] = triton
 dispatch.registry["linear_cross_entropy"] = {**_backends, "reference": reference}
 
 NO_SECOND = (
