@@ -62,7 +62,8 @@ inputs, which together exceed the cache; a star marks what could not be captured
 All pairs are peer / ours, medians of the times, but ratios: of the minima / of the medians. Latency: from
 Python's call of a step until the GPU is done. GB/s, forward / backward: the bytes that must be moved at the
 least over our time; then their share of the rate of a large copy in the same run. Memory: what a step takes
-at most beyond its inputs. Goals are against the fastest backend of PyTorch's own attention."""
+at most beyond its inputs. Goals are against the peer in whose row they stand, in attention the fastest
+backend of PyTorch's own."""
 
 
 def slug(machine: Result) -> str:

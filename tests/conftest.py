@@ -1,6 +1,7 @@
 """Fixtures of all tests: backends by name, a fixed seed, and how long hypothesis searches."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -47,6 +48,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
     items[:] = [item for item in items if wanted(item)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _print_number_of_cases(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tell how many calls a module's searches have made, by the kinds that it counts in ``CASES``."""
+    yield
+    cases = getattr(request.module, "CASES", None)
+    if isinstance(cases, Counter):
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print()
+            for name, count in cases.items():
+                print(f"searched calls of {request.module.OP}: {name}: {count}")
 
 
 @pytest.fixture(autouse=True)

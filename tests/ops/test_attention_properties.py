@@ -3,7 +3,6 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,15 +23,6 @@ NAMES = ("out", "lse", "dq", "dk", "dv", "dmask")
 EPS = torch.finfo(torch.float32).eps
 # The sizes suppose independent errors; one that all rows share, as that of 1 / (1 - p), adds up in dv.
 ROUNDINGS = 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _print_number_of_cases(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print()
-        for name, count in CASES.items():
-            print(f"searched calls of attention: {name}: {count}")
 
 
 @st.composite

@@ -3,7 +3,6 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,15 +23,6 @@ OPTIONS = {"label_smoothing": 0.1}
 # Triton's interpreter takes some milliseconds for a row.
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 EXAMPLES = 150 if INTERPRETER else 2000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _print_number_of_cases(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print()
-        for name, count in CASES.items():
-            print(f"searched calls of cross_entropy: {name}: {count}")
 
 
 def inputs(

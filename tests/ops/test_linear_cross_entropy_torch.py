@@ -1,6 +1,7 @@
 """Cross entropy of a projection in PyTorch: layouts, memory, backward twice, compile, and searched calls."""
 
 import math
+import os
 from collections import Counter
 
 import pytest
@@ -19,6 +20,7 @@ from nlpfast.testing import between_canaries, poison
 OP = "linear_cross_entropy"
 CASES: Counter[str] = Counter()
 OPTIONS = {"label_smoothing": 0.1}
+EXAMPLES = 400 if os.environ.get("TRITON_INTERPRET") == "1" else 2000
 
 
 @pytest.fixture(autouse=True)
@@ -287,7 +289,7 @@ def check(backend: str, drawn: dict) -> None:
         assert ((mine - other).abs() <= slack + (2.0**-23 if dtype == torch.float16 else 0.0)).all()
 
 
-@settings(max_examples=2000)
+@settings(max_examples=max(EXAMPLES, settings().max_examples))
 @given(drawn=calls())
 def test_any_call(backend: str, drawn: dict) -> None:
     check(backend, drawn)

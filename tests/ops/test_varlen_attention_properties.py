@@ -27,16 +27,12 @@ ROUNDINGS = 16
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread_and_number_of_cases(request: pytest.FixtureRequest) -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     # Tensors so small take longer on several threads, by far when other programs run.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print()
-        for name, count in CASES.items():
-            print(f"searched calls of varlen_attention: {name}: {count}")
 
 
 @st.composite

@@ -9,7 +9,6 @@ Legend: B batch, H query heads, Hk key heads, L queries, S keys, D head size of 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -21,6 +20,7 @@ from nlpfast.ops.attention.triton_backward import _bwd_kernel
 from nlpfast.ops.attention.triton_backward_tiled import _bwd_dkdv_kernel, _bwd_dmask_kernel, _bwd_dq_kernel
 from nlpfast.ops.attention.triton_configs import CONFIGS, Config
 from nlpfast.ops.attention.triton_forward import _fwd_kernel
+from nlpfast.ops.launch import MAX_REMEMBERED, Launch, on_device_of
 
 CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
 
@@ -30,38 +30,9 @@ CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
 MAX_OWNED = 512
 MIN_OWNED_HEADS = 128
 
-# Of different shapes.
-MAX_REMEMBERED = 4096
 _remembered: dict[tuple[Any, ...], Call] = {}
 
 Strides = tuple[int, ...]
-Line = tuple[str, int, int, bool]
-
-
-class Launch:
-    """A kernel with all its arguments but the pointers."""
-
-    def __init__(self, kernel: Any, line: Line, programs: int, numbers: tuple[Any, ...], **constants: Any):
-        """Take strides and numbers in the kernel's order, and what it is compiled for by name."""
-        self.kernel, self.line, self.programs, self.numbers = kernel, line, programs, numbers
-        self.constants = constants
-        self.constexprs = tuple(constants[name] for name in kernel.arg_names if name in constants)
-        # By which pointers are aligned to 16 bytes: the rest of what Triton specializes for is fixed here.
-        self.compiled: dict[tuple[bool | None, ...], Any] = {}
-
-    def __call__(self, *pointers: Tensor | None) -> None:
-        """Run the kernel on the current device."""
-        if self.programs == 0:
-            return
-        aligned = tuple([None if x is None else x.data_ptr() % 16 == 0 for x in pointers])
-        compiled = self.compiled.get(aligned)
-        if compiled is not None:
-            compiled[(self.programs, 1, 1)](*pointers, *self.numbers, *self.constexprs)
-        else:
-            launched = self.kernel[(self.programs,)](*pointers, *self.numbers, **self.constants)
-            # The interpreter returns nothing.
-            if launched is not None:
-                self.compiled[aligned] = launched
 
 
 class Call:
@@ -130,7 +101,7 @@ class Call:
         rows = (self.H, self.rows) if self.packed else (self.B, self.H, self.rows)
         return like.new_empty(*rows, *shape, dtype=torch.float32)
 
-    def line(self, kind: str) -> Line:
+    def line(self, kind: str) -> tuple[str, int, int, bool]:
         """Return the line of CONFIGS for a kernel."""
         width = next(D for D in (32, 64, 128, 256) if max(self.D, self.Dv) <= D)
         return kind, self.dtype.itemsize, width, self.mask_kind != 0
@@ -227,7 +198,7 @@ def _run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         strides = (*call.strides, call.mask_strides, call.strides_of(out), call.row_strides)
         call.forward = call.launch(_fwd_kernel, kind, programs, *strides)
     masks = (mask, _dense(lengths), _dense(prefix), _dense(cu_q), _dense(cu_k), _dense(seed))
-    with _current(query):
+    with on_device_of(query):
         call.forward(query, key, value, *masks, out, lse, stats if call.keeps_stats else None)
     return out, lse, stats
 
@@ -253,7 +224,7 @@ def _run_backward(
         launches = call.backward[what] = _backward_launches(call, mask_gradient, *strides)
     masks = (mask, _dense(lengths), _dense(prefix), _dense(cu_q), _dense(cu_k), _dense(seed))
     inputs, grad_lse = (query, key, value), _dense(grad_lse)
-    with _current(query):
+    with on_device_of(query):
         if "dq" not in launches:
             ((name, launch),) = launches.items()
             dq_sum = call.new_numbers(query, call.D) if name == "owned" else None
@@ -309,13 +280,6 @@ def _new_backward(
 def _dense(x: Tensor | None) -> Tensor | None:
     """Return a vector as the kernels read it, without strides."""
     return None if x is None else x.contiguous()
-
-
-def _current(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which the device of ``x`` is the current one, on which Triton launches."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
 
 
 def _register() -> None:

@@ -10,8 +10,6 @@ multiplies it by g / scale (RESCALE). Rows of ignored targets are written as zer
 Legend: B sequences, T rows of each, V classes, VEC numbers in 16 bytes, or 1 where rows begin anywhere.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-
 import triton
 import triton.language as tl
 

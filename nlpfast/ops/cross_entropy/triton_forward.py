@@ -16,8 +16,6 @@ are not asked of each: the gradients of the target and of the class without mass
 Legend: B sequences, T rows of each, V classes, VEC numbers in 16 bytes, or 1 where rows begin anywhere.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-
 import triton
 import triton.language as tl
 

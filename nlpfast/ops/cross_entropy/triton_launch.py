@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlpfast.ops.attention.triton_launch import MAX_REMEMBERED, Launch, _current
 from nlpfast.ops.cross_entropy import triton_configs
 from nlpfast.ops.cross_entropy.triton_backward import _bwd_kernel
 from nlpfast.ops.cross_entropy.triton_forward import _fwd_blocks_kernel, _fwd_whole_kernel
+from nlpfast.ops.launch import MAX_REMEMBERED, Launch, on_device_of
 
 _remembered: dict[tuple[Any, ...], Launch] = {}
 
@@ -100,7 +100,7 @@ def _forward(
         # 1 - on_target is taken before it is rounded
         numbers = (*strides, T, V, *options[:2], on_target, 1.0 - on_target, on_other)
         launch = _remember(what, _launch(kernel, line, B * T, numbers, VEC=vec))
-    with _current(rows):
+    with on_device_of(rows):
         launch(rows, target.contiguous(), grad_scale, *results, gradient)
     return results
 
@@ -132,7 +132,7 @@ def _backward(
         numbers = (*strides, T, V, *options[:2], 1.0 - on_target, on_other)
         constants = {"VEC": vec if unit else 1, "UNIT": unit, "RESCALE": rescale}
         launch = _remember(what, _launch(_bwd_kernel, line, B * T, numbers, **constants))
-    with _current(input):
+    with on_device_of(input):
         launch(grad_loss, input, target.contiguous(), statistics.contiguous(), grad_scale, gradient)
 
 

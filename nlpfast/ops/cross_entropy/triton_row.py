@@ -7,8 +7,6 @@ vanishes in a row whose target is far above all others: `others` of reference.py
 Legend: V classes, x logits, top the largest of all of them.
 """
 
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-
 import triton
 import triton.language as tl
 
