@@ -37,4 +37,13 @@ STABLE_TORCH_LIBRARY(nlpfast, m) {
   m.def(
       "cross_entropy_backward_out(Tensor grad_loss, Tensor input, Tensor target, Tensor statistics, int ignore_index, "
       "int pad_index, float on_target, float on_other, Tensor(a!) gradient) -> ()");
+  // pairs: int64 [P, 3] of batch entry, query and key; heads: int64 [n]. Returns the logarithm of each head's
+  // probability at each pair, [P, n].
+  m.def(
+      "alignment_loss_forward(Tensor query, Tensor key, Tensor lse, Tensor pairs, Tensor heads, float scale) -> "
+      "Tensor");
+  // Adds the gradients for those of the upstream gradients [P, n] to what is there, where it is given.
+  m.def(
+      "alignment_loss_backward(Tensor coefficients, Tensor query, Tensor key, Tensor pairs, Tensor heads, float scale, "
+      "Tensor(a!)? d_query, Tensor(b!)? d_key, Tensor(c!)? d_lse) -> ()");
 }

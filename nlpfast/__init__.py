@@ -2,6 +2,7 @@
 
 from nlpfast import hf, nn
 from nlpfast.convert import accelerate, undo
+from nlpfast.ops.alignment_loss import alignment_loss, attention_at, hard_alignment
 from nlpfast.ops.attention import attention
 from nlpfast.ops.cross_entropy import cross_entropy
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
@@ -10,8 +11,11 @@ from nlpfast.ops.varlen_attention import varlen_attention
 __all__ = [
     "__version__",
     "accelerate",
+    "alignment_loss",
     "attention",
+    "attention_at",
     "cross_entropy",
+    "hard_alignment",
     "hf",
     "linear_cross_entropy",
     "nn",

@@ -112,7 +112,7 @@ def attention(
     """
     device_type = query.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        query, key, value = _autocast(query, key, value)
+        query, key, value = autocast(query, key, value)
     if not _fit(query, key, value, enable_gqa):
         raise _misfit(query, key, value)
     if attn_mask is not None:
@@ -173,6 +173,7 @@ class _Attention(torch.autograd.Function):
         # An output that nobody used then has the gradient None, and costs nothing.
         ctx.set_materialize_grads(False)
         ctx.module, ctx.options = module, (dropout_p, causal, scale)
+        ctx.additions = []
         return (out, lse) if return_lse else out
 
     @staticmethod
@@ -184,6 +185,10 @@ class _Attention(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(saved[3])
         grads = ctx.module.backward(grad_out, grad_lse, *saved, *ctx.options)
+        if not torch.compiler.is_compiling():
+            for addition in ctx.additions:
+                addition.run(grads[0], grads[1])
+            ctx.additions.clear()
         grads = refuse_second_derivative(NO_SECOND, grads, grad_out, grad_lse, *saved[:3], saved[6])
         return (*grads, None, None, None, None, None, None, None, None)
 
@@ -307,10 +312,14 @@ def _seed(seed: int | Tensor | None, query: Tensor) -> Tensor:
     return pair
 
 
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the dtype of autocast, as PyTorch's own attention does; float64 stays."""
-    dtype = torch.get_autocast_dtype(query.device.type)
-    return tuple(x.to(dtype) if x.dtype in _FLOATING[:3] else x for x in (query, key, value))
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the dtype of autocast, as PyTorch's own attention does; float64 stays.
+
+    Args:
+        *tensors: on one device.
+    """
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if x.dtype in _FLOATING[:3] else x for x in tensors)
 
 
 def _distinct(*tensors: Any) -> tuple[Any, ...]:

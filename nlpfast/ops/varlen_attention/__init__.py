@@ -13,7 +13,6 @@ from torch import Tensor
 from nlpfast import dispatch, native
 from nlpfast.ops.attention import (
     NO_SECOND,
-    _autocast,
     _check_options,
     _distinct,
     _elsewhere,
@@ -21,6 +20,7 @@ from nlpfast.ops.attention import (
     _misfit_of_heads,
     _seed,
     _shape,
+    autocast,
 )
 from nlpfast.ops.second_derivative import refuse_second_derivative
 from nlpfast.ops.varlen_attention import reference
@@ -118,7 +118,7 @@ def varlen_attention(
     """
     device_type = query.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        query, key, value = _autocast(query, key, value)
+        query, key, value = autocast(query, key, value)
     _check_packed(query, key, value, enable_gqa)
     _check_sequences("q", cu_seq_q, max_q, query.shape[0], query)
     _check_sequences("k", cu_seq_k, max_k, key.shape[0], query)

@@ -1,0 +1,227 @@
+"""Parallel text, and word alignments as the pairs that supervise a batch's attention.
+
+Shapes: B sentences in a batch, T target rows, S source columns (lengths with EOS, padding included), P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nlpfast.data.alignments import Alignments, check_same_length
+from nlpfast.data.text import read_text
+
+__all__ = ["AlignmentPairs", "AlignmentReport", "Skipped", "pair_weights", "read_parallel"]
+
+
+def read_parallel(source: str | Path, target: str | Path) -> tuple[list[list[str]], list[list[str]]]:
+    r"""Read two files of which line i of one is the translation of line i of the other.
+
+    Words are what spaces and tabs separate, as aligners count them; a no-break space is part of a word. A \r
+    at the end of a line is taken off.
+
+    Args:
+        source: UTF-8 text, one sentence a line, already in words or subwords.
+        target: the same.
+
+    Returns:
+        The words of each source line, and of each target line; empty lists for empty lines.
+
+    Raises:
+        DataError: the files differ in their number of lines, or `read_text` refuses one.
+    """
+    sides = []
+    for path in (source, target):
+        lines = read_text(path).split("\n")
+        if not lines[-1]:
+            lines.pop()
+        words = [line.removesuffix("\r").replace("\t", " ").split(" ") for line in lines]
+        sides.append([[word for word in line if word] for line in words])
+    check_same_length(str(source), sides[0], str(target), sides[1])
+    return sides[0], sides[1]
+
+
+class Skipped(NamedTuple):
+    """A sentence that gives no pairs.
+
+    Attributes:
+        line: its line in the alignment file, from 1.
+        reason: why.
+    """
+
+    line: int
+    reason: str
+
+
+class AlignmentReport(NamedTuple):
+    """How many sentences of an alignment file supervise attention, and what became of the others.
+
+    Attributes:
+        path: the alignment file.
+        read: sentences of the file.
+        empty: sentences of the file that have no links; they are used, and give no pairs.
+        skipped: sentences with a link out of range.
+    """
+
+    path: str
+    read: int
+    empty: int
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def used(self) -> int:
+        """Return the number of sentences that were not skipped."""
+        return self.read - len(self.skipped)
+
+    def __str__(self) -> str:
+        """Return the counts in one line, with the first sentence that was skipped."""
+        text = f"{self.path}: {self.used} of {self.read} alignments used, {self.empty} of them without links"
+        if not self.skipped:
+            return text
+        line, reason = self.skipped[0]
+        return f"{text}; {len(self.skipped)} skipped, the first {self.path}:{line}: {reason}"
+
+
+class AlignmentPairs:
+    """The alignments of a corpus, checked once, from which each batch takes its pairs.
+
+    A sentence with a link to or beyond the EOS of a side gives no pairs at all, as in fairseq: its links were
+    made for another text. It stays in the corpus for every other loss.
+
+    Attributes:
+        report: how many sentences are used, and which are not.
+    """
+
+    def __init__(
+        self, alignments: Alignments, source_lengths: Sequence[int], target_lengths: Sequence[int]
+    ) -> None:
+        """Check every link against the length of its sentence.
+
+        Args:
+            alignments: one entry a sentence; possible links count like sure ones.
+            source_lengths: tokens of each source sentence, EOS included, so at least 1.
+            target_lengths: the same of each target sentence.
+
+        Raises:
+            DataError: another number of sentences than of alignments.
+            ValueError: a length below 1.
+        """
+        self._source = _lengths("source_lengths", source_lengths)
+        self._target = _lengths("target_lengths", target_lengths)
+        check_same_length(alignments.path, alignments, "the source text", self._source)
+        check_same_length(alignments.path, alignments, "the target text", self._target)
+        self._pairs = alignments.pairs.astype(np.int64)
+        self._starts = alignments.ends[:-1]
+        links = np.diff(alignments.ends)
+        sentence = np.repeat(np.arange(len(alignments)), links)
+        # the position of EOS itself cannot be aligned
+        limits = np.stack((self._source[sentence], self._target[sentence]), axis=1) - 1
+        outside = np.flatnonzero((self._pairs >= limits).any(axis=1))
+        bad, first = np.unique(sentence[outside], return_index=True)
+        skipped = []
+        for index, link in zip(bad.tolist(), outside[first].tolist(), strict=True):
+            (source, target), (s, t) = self._pairs[link].tolist(), limits[link].tolist()
+            reason = f"link {source}-{target} is out of range: source has {s} tokens and EOS, target {t}"
+            skipped.append(Skipped(index + 1, reason))
+        self._counts = links.copy()
+        self._counts[bad] = 0
+        empty = int((links == 0).sum())
+        self.report = AlignmentReport(alignments.path, len(alignments), empty, tuple(skipped))
+
+    def batch(
+        self,
+        sentences: Sequence[int],
+        *,
+        source_width: int | None = None,
+        target_width: int | None = None,
+        left_pad_source: bool = False,
+        left_pad_target: bool = False,
+        align_shift: int = 0,
+    ) -> Tensor:
+        """Return the pairs of a batch, for `nlpfast.alignment_loss`.
+
+        Row t of the decoder is the step that predicts target token t; for a link (s, t) it is row
+        ``t + align_shift`` whose attention should be at column s. Left padding moves rows by T - length and
+        columns by S - length.
+
+        Args:
+            sentences: number of each sentence of the batch in the corpus, from 0.
+            source_width: S; None is the longest source sentence of the batch.
+            target_width: T; None is the longest target sentence of the batch.
+            left_pad_source: padding of the source is before its tokens, not after them.
+            left_pad_target: the same of the target.
+            align_shift: 0 supervises the step that predicts the target word (fairseq), 1 the one after, whose
+                input the word is (Chen et al. 2020, "Accurate Word Alignment Induction from Neural Machine
+                Translation").
+
+        Returns:
+            int64 [P, 3]: batch entry, target row, source column, sentence after sentence; P may be 0.
+
+        Raises:
+            IndexError: no such sentence.
+            ValueError: `align_shift` is neither 0 nor 1, or a sentence is longer than the width given.
+        """
+        if align_shift not in (0, 1):
+            raise ValueError(f"align_shift={align_shift} must be 0 or 1, see the docstring")
+        chosen = np.asarray(sentences, dtype=np.int64).reshape(-1)
+        if len(chosen) and not (0 <= chosen.min() and chosen.max() < len(self._counts)):
+            raise IndexError(f"sentences names {chosen.tolist()}; there are 0..{len(self._counts) - 1}")
+        counts = self._counts[chosen]
+        before = np.cumsum(counts) - counts
+        link = np.arange(counts.sum()) + np.repeat(self._starts[chosen] - before, counts)
+        entry = np.repeat(np.arange(len(chosen)), counts)
+        columns, rows = self._pairs[link].T
+        # EOS is the last token and never linked, so the row after a linked one exists
+        rows = rows + align_shift
+        if left_pad_target:
+            rows = rows + _padding("target", self._target[chosen], target_width)[entry]
+        if left_pad_source:
+            columns = columns + _padding("source", self._source[chosen], source_width)[entry]
+        return torch.from_numpy(np.stack((entry, rows, columns), axis=1))
+
+
+def pair_weights(pairs: Tensor) -> Tensor:
+    """Return 1 / (number of pairs with the same batch entry and target row) for each pair.
+
+    The weights of a target row sum up to 1, however many source words it is linked to (fairseq's
+    ``label_smoothed_cross_entropy_with_alignment``). The same as
+    ``torch.tensor([1 / sum(p[:2] == q[:2] for q in pairs.tolist()) for p in pairs.tolist()])``.
+
+    Args:
+        pairs: int64 [P, 3], batch entry, target row and source column, on any device.
+
+    Returns:
+        float32 [P], on the device of `pairs`.
+
+    Raises:
+        ValueError: `pairs` has another shape.
+    """
+    if pairs.dim() != 2 or pairs.shape[1] != 3:
+        raise ValueError(f"pairs has shape {list(pairs.shape)}, expected [P, 3]")
+    if len(pairs) == 0:
+        return torch.empty(0, device=pairs.device)
+    row = pairs[:, 0] * (pairs[:, 1].max() + 1) + pairs[:, 1]
+    _, inverse, counts = torch.unique(row, return_inverse=True, return_counts=True)
+    return counts[inverse].float().reciprocal()
+
+
+def _lengths(name: str, lengths: Sequence[int]) -> NDArray[np.int64]:
+    values = np.asarray(lengths, dtype=np.int64).reshape(-1)
+    if len(values) and values.min() < 1:
+        where = int(values.argmin())
+        raise ValueError(f"{name}[{where}] is {values[where]}, must be >= 1: count EOS with the tokens")
+    return values
+
+
+def _padding(side: str, lengths: NDArray[np.int64], width: int | None) -> NDArray[np.int64]:
+    """Return the padding tokens of each sentence."""
+    longest = int(lengths.max(initial=0))
+    if width is not None and width < longest:
+        raise ValueError(f"{side}_width={width} is less than the {longest} tokens of a sentence in the batch")
+    return (longest if width is None else width) - lengths
