@@ -166,3 +166,40 @@ def test_second_launch_passes_what_triton_passed_at_the_first(op: str) -> None:
     process = start("-c", LAUNCH_TWICE.replace("CALL", call).replace("EACH", str(each)))
     process.communicate()
     assert process.returncode == 0
+
+
+ALIGNMENT = """
+import json, sys, torch, triton
+from benchmarks.triton_resources import NoDevice, resources
+from nlpfast.ops.alignment_loss import triton as backend
+
+arch = int(sys.argv[1])
+triton.runtime.driver.set_active(NoDevice(arch))
+rows = []
+
+def compile_only(kernel, *arguments, grid, warmup, **constants):
+    compiled = run(kernel, *arguments, grid=grid, warmup=True, **constants)
+    rows.append({"kernel": kernel.__name__, **resources(compiled, arch)})
+
+run, triton.JITFunction.run = triton.JITFunction.run, compile_only
+for dtype, D in ((torch.bfloat16, 64), (torch.float32, 33), (torch.float32, 1024)):
+    q, k = torch.empty(2, 8, 5, D, dtype=dtype), torch.empty(2, 4, 6, D, dtype=dtype)
+    lse, pairs, heads = torch.empty(2, 8, 5), torch.zeros(7, 3, dtype=torch.int64), (0, 3)
+    shared = (q, k, pairs, heads, 0.5)
+    c = backend.forward(q, k, lse, *shared[2:])
+    backend.backward(c, *shared, q.clone(), k.clone(), lse.clone())
+    backend.backward(c, *shared, None, None, lse.clone())
+    backend.backward(c, *shared, q.clone(), k.clone(), None)
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_kernels_of_alignment_loss_compile(arch: str) -> None:
+    (rows,) = rows_of(start("-c", ALIGNMENT, arch))
+    assert [row["kernel"] for row in rows].count("_fwd_kernel") == 3
+    assert {row["kernel"] for row in rows} == {"_fwd_kernel", "_bwd_query_kernel", "_bwd_key_kernel"}
+    for row in rows:
+        # a few addresses, with the head size 1024
+        assert row["spills"] <= 32 and row["registers"] <= 255, row

@@ -10,7 +10,7 @@ import pytest
 from nlpfast.cli import bench, main
 from nlpfast.cli.options import UsageError
 
-OPS = ["attention", "cross_entropy", "linear_cross_entropy", "varlen_attention"]
+OPS = ["alignment_loss", "attention", "cross_entropy", "linear_cross_entropy", "varlen_attention"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = bench.benchmark_module("bench_linear_cross_entropy")
     monkeypatch.setattr(linear, "CASES", (linear.Case((9, 20, 4), best_goal=1e9),))
     monkeypatch.setattr(linear, "PEERS", (linear.EAGER,))
+    alignment = bench.benchmark_module("bench_alignment_loss")
+    monkeypatch.setattr(alignment, "CASES", (alignment.Case((1, 2, 5, 6, 4), goals=(("eager", 1e9),)),))
     modules = bench.benchmark_module("bench_modules")
     for name, size in {"B": 2, "T": 9, "C": 16, "H": 2, "M": 4}.items():
         monkeypatch.setattr(modules, name, size)
@@ -41,7 +43,7 @@ def test_table_on_stdout(argv: list[str], capsys: pytest.CaptureFixture[str]) ->
     out, err = capsys.readouterr()
     assert "| (1,2,9,9,4) float32 " in out
     assert ">= 1e+09 MISSED" in out
-    assert err.startswith("attention: (1,2,9,9,4) float32, 1 thread")
+    assert "attention: (1,2,9,9,4) float32, 1 thread" in err.splitlines()
 
 
 def test_named_backend_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +101,7 @@ def test_wrong_result_is_one_line_and_no_file(
         raise RuntimeError("attention: out has error 1: fix the kernel")
 
     monkeypatch.setattr(bench.benchmark_module("bench_attention"), "errors", fail)
-    assert main(["bench", "--threads", "1", "--output", str(tmp_path / "results.json")]) == 1
+    assert main(["bench", "attention", "--threads", "1", "--output", str(tmp_path / "results.json")]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines()[-1] == "nlpfast: error: attention: out has error 1: fix the kernel"

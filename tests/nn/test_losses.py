@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nlpfast.nn import CrossEntropyLoss, LabelSmoothedCrossEntropy, losses
+from nlpfast import attention
+from nlpfast.nn import (
+    CrossEntropyLoss,
+    LabelSmoothedCrossEntropy,
+    LabelSmoothedCrossEntropyWithAlignment,
+    losses,
+)
 
 
 def pair(**options):
@@ -108,3 +114,42 @@ def test_attributes_are_those_of_the_functions(monkeypatch):
         "LabelSmoothedCrossEntropy(label_smoothing=0.3, smoothing='exclude_pad', ignore_index=7, "
         "pad_index=0, reduction='sequence')"
     )
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("heads", [None, 1])
+def test_criterion_with_alignment(shift, heads):
+    B, H, T, S, D, V = 2, 3, 5, 6, 4, 11
+    q, k, v = (torch.randn(B, H, n, D, requires_grad=True) for n in (T, S, S))
+    logits, target = torch.randn(B, T, V, requires_grad=True), torch.randint(2, V, (B, T))
+    target[1, 4:] = 1
+    # target word 2 of the first sentence has two links
+    pairs = torch.tensor([[0, 2, 5], [0, 2, 1], [0, 3, 0], [1, 1, 2]])
+    loss = LabelSmoothedCrossEntropyWithAlignment(0.1, 0.3, align_shift=shift, ignore_index=1)
+    _, lse = attention(q, k, v, return_lse=True)
+    found = loss(logits, target, pairs=pairs, query=q, key=k, lse=lse, heads=heads)
+    p = (q @ k.mT / D**0.5).softmax(-1)[:, : H if heads is None else heads].mean(1)
+    weights = torch.tensor([0.5, 0.5, 1.0, 1.0])
+    alignment = -(weights * p[pairs[:, 0], pairs[:, 1] + shift, pairs[:, 2]].log()).sum()
+    smoothed, nll = recipe(logits, target, 0.1, 1)
+    torch.testing.assert_close(found.loss, smoothed + 0.3 * alignment)
+    assert found.sample_size == (target != 1).sum()
+    for name, value in (("loss", smoothed), ("nll", nll), ("alignment", alignment)):
+        torch.testing.assert_close(found.logged[name], value.detach())
+        assert not found.logged[name].requires_grad
+    assert found.logged["correct"] == ((logits.argmax(-1) == target) & (target != 1)).sum()
+    grads = (torch.autograd.grad(x, (logits, q, k)) for x in (found.loss, smoothed + 0.3 * alignment))
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_criterion_of_a_batch_without_alignments():
+    logits, target = torch.randn(2, 3, 7), torch.randint(7, (2, 3))
+    loss = LabelSmoothedCrossEntropyWithAlignment(0.1)
+    found = loss(logits, target)
+    torch.testing.assert_close(found.loss, recipe(logits, target, 0.1, -100)[0])
+    assert found.logged["alignment"] == 0
+    with pytest.raises(ValueError, match="pairs is given without query, key and lse"):
+        loss(logits, target, pairs=torch.zeros(1, 3).long())
+    with pytest.raises(ValueError, match="align_shift is 2"):
+        LabelSmoothedCrossEntropyWithAlignment(align_shift=2)

@@ -16,11 +16,15 @@ from nlpfast.ops.alignment_loss import reference
 from nlpfast.ops.attention import autocast
 from nlpfast.ops.second_derivative import refuse_second_derivative
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status()}
+_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
 if native.status() == "ok":
     from nlpfast.ops.alignment_loss import cpu
 
     _backends["cpu"] = cpu
+if dispatch.triton_status() == "ok":
+    from nlpfast.ops.alignment_loss import triton
+
+    _backends["triton"] = triton
 dispatch.registry["alignment_loss"] = {**_backends, "reference": reference}
 
 NO_SECOND = (
