@@ -144,7 +144,7 @@ class AlignedLoss(NamedTuple):
 class LabelSmoothedCrossEntropyWithAlignment(LabelSmoothedCrossEntropy):
     """Label-smoothed cross entropy, and attention that is to agree with given word alignments.
 
-    fairseq's criterion label_smoothed_cross_entropy_with_alignment: the first plus `alignment_lambda` times the
+    fairseq's label_smoothed_cross_entropy_with_alignment: the first plus `alignment_lambda` times the
     second, both sums, to be divided by the number of targets. Here the alignment loss is computed from query,
     key and lse of one attention layer, and the probabilities of all pairs never exist.
 

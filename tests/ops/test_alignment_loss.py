@@ -2,7 +2,10 @@
 
 import math
 import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -503,3 +506,35 @@ def check(backend: str, call: dict) -> None:
 @given(call=calls())
 def test_any_call(backend: str, call: dict) -> None:
     check(backend, call)
+
+
+PEAK = """
+import torch
+from pathlib import Path
+from nlpfast import alignment_loss, attention
+
+def kilobytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+def step(T):
+    q, k, v = (torch.randn(1, 8, T, 64).requires_grad_() for _ in range(3))
+    pairs = torch.stack((torch.zeros(T).long(), torch.arange(T), torch.randint(T, (T,))), 1)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kilobytes("VmRSS")
+    out, lse = attention(q, k, v, return_lse=True)
+    torch.autograd.grad(out.sum() + alignment_loss(q, k, lse, pairs), (q, k, v))
+    return kilobytes("VmHWM") - before
+
+torch.set_num_threads(1)
+step(64)
+print(step(2048))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.skipif(isinstance(dispatch.registry[OP]["cpu"], str), reason="needs the native library")
+def test_no_memory_of_the_size_of_all_probabilities() -> None:
+    """Those of 8 heads and 2,048 x 2,048 positions take 128 MB; output, gradients and lse 17 MB."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert 16_000 < int(done.stdout) < 40_000

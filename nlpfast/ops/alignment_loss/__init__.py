@@ -185,7 +185,8 @@ def pair_weights(pairs: Tensor, rows: int, batch: int) -> Tensor:
         rows: a number that no row reaches.
         batch: a number that no batch entry reaches.
     """
-    place = pairs[:, 0] * rows + pairs[:, 1]
+    # a GPU does not look whether pairs are there before: the kernels find out
+    place = (pairs[:, 0] * rows + pairs[:, 1]).clamp(0, max(batch * rows - 1, 0))
     ones = torch.ones(len(pairs), device=pairs.device)
     return 1.0 / torch.zeros(batch * rows, device=pairs.device).index_add_(0, place, ones)[place]
 
