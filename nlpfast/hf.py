@@ -5,8 +5,11 @@ Shapes: B batch, L query length, S key length, H heads, Hk key heads, D head siz
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,54 @@ _HARMLESS = frozenset(
 )
 # They say which rows of a batch belong together; masks made from position_ids say the same.
 _PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
+
+class Recording:
+    """What the latest call of a watched layer computed its attention from; see `recording`.
+
+    Attributes:
+        query: [B, H, L, D].
+        key: [B, Hk, S, D].
+        lse: [B, H, L], float32.
+        scale: the factor of the scores.
+    """
+
+    query: Tensor
+    key: Tensor
+    lse: Tensor
+    scale: float
+
+
+_watched: WeakKeyDictionary[nn.Module, Recording] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def recording(layer: nn.Module) -> Iterator[Recording]:
+    """Keep what word alignments, or their loss, are computed from, without switching a model to eager.
+
+    Example::
+
+        with nlpfast.hf.recording(model.model.decoder.layers[-1].encoder_attn) as seen:
+            model(input_ids=source, labels=target)
+        nlpfast.hard_alignment(seen.query, seen.key, seen.lse, scale=seen.scale, source_lengths=lengths)
+
+    The tensors are those of the layer's latest call inside the context, with their history for autograd, so
+    that ``alignment_loss`` supervises the model. Call the model on a whole target for that: `generate` calls
+    the layer for one token at a time.
+
+    Args:
+        layer: the attention module of a model whose implementation is "nlpfast".
+
+    Raises:
+        NotImplementedError: where the layer is called with a bias, of which query and key do not know.
+    """
+    if layer in _watched:
+        raise ValueError("this layer is being recorded: leave that context first")
+    _watched[layer] = Recording()
+    try:
+        yield _watched[layer]
+    finally:
+        del _watched[layer]
 
 
 def register() -> None:
@@ -97,12 +148,19 @@ def attention_forward(
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias)
     grouped = key.shape[1] != query.shape[1]
-    if s_aux is None:
+    seen = _watched.get(module)
+    if s_aux is None and seen is None:
         out = attention(query, key, value, attention_mask, dropout, is_causal, scaling, grouped)
     else:
         out, lse = attention(
             query, key, value, attention_mask, dropout, is_causal, scaling, grouped, return_lse=True
         )
+    if seen is not None:
+        if s_aux is not None or (attention_mask is not None and attention_mask.dtype != torch.bool):
+            raise _unserved("a bias", "cannot be recorded")
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        seen.query, seen.key, seen.lse, seen.scale = query, key, lse, scale
+    if s_aux is not None:
         # softmax over the keys and the sink is softmax over the keys times the keys' share of the mass
         share = torch.sigmoid(lse - s_aux.reshape(1, -1, 1).to(lse.dtype))
         out = out * share.unsqueeze(-1).to(out.dtype)

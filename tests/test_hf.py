@@ -360,6 +360,53 @@ def test_a_model_without_the_interface_is_left_alone(capsys):
     assert which.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("make", [bart, marian])
+def test_alignments_of_a_layer(make):
+    """As an eager model's attention weights say, of a padded batch; and with gradients."""
+    torch.manual_seed(0)
+    eager = make().eval()
+    eager.set_attn_implementation("eager")
+    ours = copy.deepcopy(eager)
+    hf.register()
+    ours.set_attn_implementation("nlpfast")
+    source, target = torch.randint(3, V, (B, S)), torch.randint(3, V, (B, T))
+    lengths = torch.tensor([S, S - 4, 1])
+    mask = (torch.arange(S) < lengths[:, None]).long()
+    batch = {"input_ids": source, "attention_mask": mask, "labels": target}
+    weights = eager(**batch, output_attentions=True).cross_attentions[1]
+    layer = ours.model.decoder.layers[1].encoder_attn
+    with hf.recording(layer) as seen:
+        ours(**batch)
+    arguments = (seen.query, seen.key, seen.lse)
+    found = nlpfast.hard_alignment(*arguments, source_lengths=lengths, scale=seen.scale)
+    assert torch.equal(found, weights.mean(1).argmax(-1))
+    pairs = torch.tensor([[0, 1, 10], [1, 5, 6], [2, 0, 0], [0, 1, 3]])
+    expected = weights.mean(1)[pairs[:, 0], pairs[:, 1], pairs[:, 2]]
+    torch.testing.assert_close(nlpfast.attention_at(*arguments, pairs, scale=seen.scale), expected)
+    nlpfast.alignment_loss(*arguments, pairs, torch.ones(4), scale=seen.scale).backward()
+    (-expected.log().sum()).backward()
+    for (name, a), b in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        # of the watched layer's values attention's gradient is 0, where eager has none
+        mine, other = (torch.zeros_like(x) if x.grad is None else x.grad for x in (a, b))
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5), name
+    # nothing is kept afterwards
+    before = seen.query
+    ours(**batch)
+    assert seen.query is before
+    with hf.recording(layer), pytest.raises(ValueError, match="being recorded"), hf.recording(layer):
+        pass
+
+
+def test_a_bias_cannot_be_recorded():
+    model = t5().eval()
+    hf.register()
+    model.set_attn_implementation("nlpfast")
+    layer = model.decoder.block[0].layer[0].SelfAttention
+    tokens = torch.randint(3, V, (1, 5))
+    with hf.recording(layer), pytest.raises(NotImplementedError, match="cannot be recorded"):
+        model(input_ids=tokens, labels=tokens)
+
+
 def test_importing_and_accelerating_leave_transformers_alone():
     program = """
 import sys, torch, nlpfast
