@@ -30,10 +30,10 @@ TEST_TRITON = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 test-triton: test-triton-attention test-triton-losses
 
 test-triton-attention: $(INSTALLED)
-	$(TEST_TRITON) tests/ops --ignore-glob='*cross_entropy*'
+	$(TEST_TRITON) tests/ops/test_*attention*.py
 
 test-triton-losses: $(INSTALLED)
-	$(TEST_TRITON) tests/ops/test_*cross_entropy*.py
+	$(TEST_TRITON) tests/ops/test_*cross_entropy*.py tests/ops/test_alignment_loss*.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
