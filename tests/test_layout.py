@@ -40,7 +40,7 @@ RANKS = {
     **dict.fromkeys(("native", "testing"), 0),
     "dispatch": 1,
     **dict.fromkeys(("ops", "data"), 2),
-    **dict.fromkeys(("nn", "hf", "decoding", "metrics"), 3),
+    **dict.fromkeys(("nn", "hf", "decoding", "metrics", "alignment"), 3),
     "convert": 4,
     "nlpfast": 5,
     **dict.fromkeys(("models", "plot"), 6),

@@ -17,12 +17,14 @@ struct Heads {
 };
 
 struct AlignmentLoss {
-  Dtype dtype;                   // of query and key
-  int64_t H, Hk, L, S, D, n;     // n heads asked for
-  Heads query, key;              // only read
-  const int64_t* pairs;          // [P, 3], contiguous: batch entry, query, key
-  const int64_t *order, *begin;  // pairs by batch entry: order[begin[b]] up to order[begin[b + 1]]
-  const int64_t* heads;          // [n]
+  Dtype dtype;                // of query and key
+  int64_t H, Hk, L, S, D, n;  // n heads asked for
+  Heads query, key;           // only read
+  const int64_t* pairs;       // [P, 3], contiguous: batch entry, query, key
+  // Numbers of the pairs of batch entry b, from begin[b] up to begin[b + 1]: by queries, and by keys (for the
+  // backward).
+  const int64_t *by_query, *by_key, *begin;
+  const int64_t* heads;  // [n]
   float scale;
 };
 

@@ -1,4 +1,5 @@
 // Binding of the CPU kernels of alignment_loss: argument checks, pairs by batch entry, threads, and registration.
+#include <algorithm>
 #include <vector>
 
 #include "../cpu_capability.h"
@@ -20,8 +21,15 @@ constexpr int64_t GRAIN = 256;
 // A call's tensors and the pairs in the order of their batch entries.
 struct Problem {
   int64_t B = 0, P = 0;
-  std::vector<int64_t> order, begin;
+  std::vector<int64_t> by_query, by_key, begin;
 };
+
+// Sorts the pairs of each batch entry by their query (column 1) or key (2), equal ones in their order.
+void sort_pairs(const AlignmentLoss& p, const Problem& problem, int64_t column, std::vector<int64_t>& order) {
+  const auto before = [&](int64_t i, int64_t j) { return p.pairs[3 * i + column] < p.pairs[3 * j + column]; };
+  for (int64_t b = 0; b < problem.B; ++b)
+    std::stable_sort(order.begin() + problem.begin[b], order.begin() + problem.begin[b + 1], before);
+}
 
 Heads heads_of(const Tensor& x) {
   return {static_cast<char*>(x.mutable_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
@@ -60,7 +68,7 @@ Problem set_problem(AlignmentLoss& p, const Tensor& query, const Tensor& key, co
   // Kernels index with them: a wrong one must not be read with.
   for (int64_t i = 0; i < p.n; ++i)
     STD_TORCH_CHECK(p.heads[i] >= 0 && p.heads[i] < p.H, "head ", p.heads[i], " lies outside of the heads");
-  problem.begin.assign(problem.B + 1, 0), problem.order.resize(problem.P);
+  problem.begin.assign(problem.B + 1, 0), problem.by_query.resize(problem.P);
   for (int64_t i = 0; i < problem.P; ++i) {
     const int64_t *pair = p.pairs + 3 * i, b = pair[0];
     STD_TORCH_CHECK(b >= 0 && b < problem.B && pair[1] >= 0 && pair[1] < p.L && pair[2] >= 0 && pair[2] < p.S, "pair ",
@@ -69,8 +77,9 @@ Problem set_problem(AlignmentLoss& p, const Tensor& query, const Tensor& key, co
   }
   for (int64_t b = 0; b < problem.B; ++b) problem.begin[b + 1] += problem.begin[b];
   std::vector<int64_t> next(problem.begin.begin(), problem.begin.end() - 1);
-  for (int64_t i = 0; i < problem.P; ++i) problem.order[next[p.pairs[3 * i]]++] = i;
-  p.order = problem.order.data(), p.begin = problem.begin.data();
+  for (int64_t i = 0; i < problem.P; ++i) problem.by_query[next[p.pairs[3 * i]]++] = i;
+  sort_pairs(p, problem, 1, problem.by_query);
+  p.by_query = problem.by_query.data(), p.begin = problem.begin.data();
   return problem;
 }
 
@@ -106,7 +115,7 @@ void alignment_loss_backward(const Tensor& coefficients, const Tensor& query, co
                              const Tensor& heads, double scale, const std::optional<Tensor>& d_query,
                              const std::optional<Tensor>& d_key, const std::optional<Tensor>& d_lse) {
   AlignmentLossBackward p{};
-  const Problem problem = set_problem(p, query, key, pairs, heads, scale);
+  Problem problem = set_problem(p, query, key, pairs, heads, scale);
   p.coefficients = floats_of(coefficients, "coefficients", {problem.P, p.n});
   const auto gradient = [&](const std::optional<Tensor>& x, const Tensor& of, const char* name, Heads& to) {
     if (!x) return;
@@ -116,6 +125,12 @@ void alignment_loss_backward(const Tensor& coefficients, const Tensor& query, co
   };
   gradient(d_query, query, "d_query", p.d_query);
   gradient(d_key, key, "d_key", p.d_key);
+  if (d_key) {
+    problem.by_key = problem.by_query;
+    // within a key in the order of the queries
+    sort_pairs(p, problem, 2, problem.by_key);
+    p.by_key = problem.by_key.data();
+  }
   if (d_lse) p.d_lse = floats_of(*d_lse, "d_lse", {problem.B, p.H, p.L});
   for_units(p, problem, [&](int64_t begin, int64_t end) { alignment_loss_kernels().backward(p, begin, end); });
 }

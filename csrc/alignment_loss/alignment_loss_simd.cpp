@@ -2,11 +2,10 @@
 //
 //   dq_ht += c scale k_hs      dk_hs += c scale q_ht      dlse_ht -= c
 //
-// A unit goes through the pairs of its batch entry head by head, so that the rows that it reads again are still in the
-// cache. Gradients of a row are added up in float32 scratch memory and added to the row once, at the end: rounded once,
-// in the order of the pairs, whoever computes it. Rows that no pair names are neither read nor written.
-#include <cmath>
-#include <memory>
+// A unit goes through the pairs of its batch entry, which come sorted by the row that is written and else in their
+// order: the gradient of a row is summed up in registers and added to the row once. It is rounded once, and has the
+// same bits whoever computes it. Rows that no pair names are neither read nor written.
+#include <algorithm>
 #include <vector>
 
 #include "../float16.h"
@@ -21,110 +20,148 @@ Element* row_of(const Heads& x, int64_t b, int64_t h, int64_t i) {
   return reinterpret_cast<Element*>(x.data) + b * x.batch + h * x.head + i * x.row;
 }
 
-// Calls f(v) for whole registers and g(i) for the elements that are left.
-template <class F, class G>
-inline void for_elements(int64_t D, F&& f, G&& g) {
-  int64_t d = 0;
-  for (; d + LANES <= D; d += LANES) f(d);
-  for (; d < D; ++d) g(d);
-}
+// Registers that a loop over a row has in use at once.
+constexpr int64_t UNROLL = 4;
 
 template <class Element>
 inline float dot(const Element* x, const Element* y, int64_t D) {
-  Floats sum = broadcast(0.0f);
+  Floats sums[UNROLL] = {};
+  int64_t d = 0;
+  for (; d + UNROLL * LANES <= D; d += UNROLL * LANES)
+#pragma GCC unroll 4
+    for (int64_t u = 0; u < UNROLL; ++u) sums[u] = sums[u] + load(x + d + u * LANES) * load(y + d + u * LANES);
+  for (; d + LANES <= D; d += LANES) sums[0] = sums[0] + load(x + d) * load(y + d);
   float rest = 0.0f;
-  for_elements(
-      D, [&](int64_t d) { sum = sum + load(x + d) * load(y + d); },
-      [&](int64_t d) { rest += to_float(x[d]) * to_float(y[d]); });
-  return sum_lanes(sum) + rest;
+  for (; d < D; ++d) rest += to_float(x[d]) * to_float(y[d]);
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
-// sum += factor * x
-template <class Element>
-inline void add_scaled(float* sum, float factor, const Element* x, int64_t D) {
-  const Floats factors = broadcast(factor);
-  for_elements(
-      D, [&](int64_t d) { store(sum + d, load(sum + d) + factors * load(x + d)); },
-      [&](int64_t d) { sum[d] += factor * to_float(x[d]); });
+// row[d] += the sum of factor * other[d], for VECTORS registers from d on; for_terms calls its argument with factor
+// and other, the same ones in the same order each time.
+template <int VECTORS, class Element, class F>
+inline void add_terms(Element* row, int64_t d, F&& for_terms) {
+  Floats sums[VECTORS] = {};
+  for_terms([&](float factor, const Element* other) {
+    const Floats factors = broadcast(factor);
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) sums[v] = sums[v] + factors * load(other + d + v * LANES);
+  });
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; ++v) store(row + d + v * LANES, load(row + d + v * LANES) + sums[v]);
 }
 
-template <class Element>
-inline void add_to(Element* row, const float* sum, int64_t D) {
-  for_elements(
-      D, [&](int64_t d) { store(row + d, load(row + d) + load(sum + d)); },
-      [&](int64_t d) { row[d] = from_float<Element>(to_float(row[d]) + sum[d]); });
-}
-
-// Sums of rows of D floats, of which there are few among many: a row is cleared when it is first asked for.
-class RowSums {
- public:
-  RowSums(int64_t rows, int64_t D) : D_(D), sums_(new float[rows * D]), there_(rows, false) {}
-
-  float* row(int64_t i) {
-    float* sum = sums_.get() + i * D_;
-    if (!there_[i]) {
-      there_[i] = true, asked_.push_back(i);
-      std::fill_n(sum, D_, 0.0f);
-    }
-    return sum;
+template <class Element, class F>
+inline void add_terms_to_row(Element* row, int64_t D, F&& for_terms) {
+  int64_t d = 0;
+  for (; d + UNROLL * LANES <= D; d += UNROLL * LANES) add_terms<UNROLL>(row, d, for_terms);
+  for (; d + LANES <= D; d += LANES) add_terms<1>(row, d, for_terms);
+  for (; d < D; ++d) {
+    float sum = 0.0f;
+    for_terms([&](float factor, const Element* other) { sum += factor * to_float(other[d]); });
+    row[d] = from_float<Element>(to_float(row[d]) + sum);
   }
+}
 
-  // Calls f(i, sum) for each row that was asked for, and forgets them.
-  template <class F>
-  void take(F&& f) {
-    for (const int64_t i : asked_) f(i, sums_.get() + i * D_), there_[i] = false;
-    asked_.clear();
-  }
-
- private:
-  int64_t D_;
-  std::unique_ptr<float[]> sums_;
-  std::vector<bool> there_;
-  std::vector<int64_t> asked_;
+// The heads asked for that read key head hk: the i-th of all that are asked for is query head h.
+struct Head {
+  int64_t i, h;
 };
 
-// Calls f(i, h) for the heads asked for that read key head hk: the i-th of them is query head h.
-template <class F>
-inline void for_heads_of(const AlignmentLoss& p, int64_t hk, F&& f) {
+inline std::vector<Head> heads_of(const AlignmentLoss& p, int64_t hk) {
   const int64_t group = p.H / p.Hk;
+  std::vector<Head> heads;
   for (int64_t i = 0; i < p.n; ++i)
-    if (p.heads[i] / group == hk) f(i, p.heads[i]);
+    if (p.heads[i] / group == hk) heads.push_back({i, p.heads[i]});
+  return heads;
 }
 
-// Calls f(pair, t, s) for the pairs of a batch entry.
-template <class F>
-inline void for_pairs_of(const AlignmentLoss& p, int64_t b, F&& f) {
-  for (int64_t at = p.begin[b]; at < p.begin[b + 1]; ++at) {
-    const int64_t pair = p.order[at];
-    f(pair, p.pairs[3 * pair + 1], p.pairs[3 * pair + 2]);
+// Rows that pairs name come in no order that the processor would foresee: they are asked for so many pairs ahead.
+constexpr int64_t AHEAD = 12;
+constexpr int64_t CACHE_LINE = 64;
+
+template <class Element>
+inline void ask_for(const Element* row, int64_t D) {
+  for (int64_t d = 0; d < D; d += CACHE_LINE / (int64_t)sizeof(Element)) __builtin_prefetch(row + d);
+}
+
+// One of the batch entry's pairs in an order.
+struct Pair {
+  int64_t number, t, s;
+};
+
+inline Pair pair_at(const AlignmentLoss& p, const int64_t* order, int64_t at) {
+  const int64_t number = order[at];
+  return {number, p.pairs[3 * number + 1], p.pairs[3 * number + 2]};
+}
+
+// Calls f(begin, end) for the runs of equal rows, which `row` returns of a pair.
+template <class Row, class F>
+inline void for_runs(const AlignmentLoss& p, const int64_t* order, int64_t b, Row&& row, F&& f) {
+  for (int64_t at = p.begin[b], end; at < p.begin[b + 1]; at = end) {
+    const int64_t here = row(pair_at(p, order, at));
+    for (end = at + 1; end < p.begin[b + 1] && row(pair_at(p, order, end)) == here;) ++end;
+    f(here, at, end);
   }
 }
 
 template <class Element>
 void forward_unit(const AlignmentLossForward& p, int64_t b, int64_t hk) {
-  for_heads_of(p, hk, [&](int64_t i, int64_t h) {
+  for (const auto [i, h] : heads_of(p, hk)) {
     const float* lse = p.lse + (b * p.H + h) * p.L;
-    for_pairs_of(p, b, [&](int64_t pair, int64_t t, int64_t s) {
-      const float score =
-          p.scale * dot(row_of<const Element>(p.query, b, h, t), row_of<const Element>(p.key, b, hk, s), p.D);
+    for (int64_t at = p.begin[b]; at < p.begin[b + 1]; ++at) {
+      if (at + AHEAD < p.begin[b + 1])
+        ask_for(row_of<const Element>(p.key, b, hk, pair_at(p, p.by_query, at + AHEAD).s), p.D);
+      const Pair pair = pair_at(p, p.by_query, at);
+      const auto* q = row_of<const Element>(p.query, b, h, pair.t);
+      const auto* k = row_of<const Element>(p.key, b, hk, pair.s);
       // a query that sees no key gives none a probability
-      p.terms[pair * p.n + i] = lse[t] == -INF ? -INF : score - lse[t];
-    });
-  });
+      p.terms[pair.number * p.n + i] = lse[pair.t] == -INF ? -INF : p.scale * dot(q, k, p.D) - lse[pair.t];
+    }
+  }
 }
 
 template <class Element>
-void backward_unit(const AlignmentLossBackward& p, int64_t b, int64_t hk, RowSums& of_queries, RowSums& of_keys) {
-  for_heads_of(p, hk, [&](int64_t i, int64_t h) {
-    for_pairs_of(p, b, [&](int64_t pair, int64_t t, int64_t s) {
-      const float c = p.coefficients[pair * p.n + i];
-      if (p.d_query.data) add_scaled(of_queries.row(t), p.scale * c, row_of<const Element>(p.key, b, hk, s), p.D);
-      if (p.d_key.data) add_scaled(of_keys.row(s), p.scale * c, row_of<const Element>(p.query, b, h, t), p.D);
-      if (p.d_lse) p.d_lse[(b * p.H + h) * p.L + t] -= c;
+void backward_unit(const AlignmentLossBackward& p, int64_t b, int64_t hk) {
+  const std::vector<Head> heads = heads_of(p, hk);
+  const int64_t last = p.begin[b + 1] - 1;
+  const auto coefficient = [&](const Pair& pair, int64_t i) { return p.coefficients[pair.number * p.n + i]; };
+  const auto query_of = [](const Pair& pair) { return pair.t; };
+  for (const auto [i, h] : heads) {
+    for_runs(p, p.by_query, b, query_of, [&, i = i, h = h](int64_t t, int64_t begin, int64_t end) {
+      if (p.d_query.data) {
+        for (int64_t at = begin; at < end; ++at) {
+          const Pair next = pair_at(p, p.by_query, std::min(at + AHEAD, last));
+          ask_for(row_of<Element>(p.key, b, hk, next.s), p.D);
+          ask_for(row_of<Element>(p.d_query, b, h, next.t), p.D);
+        }
+        add_terms_to_row(row_of<Element>(p.d_query, b, h, t), p.D, [&](auto&& add) {
+          for (int64_t at = begin; at < end; ++at) {
+            const Pair pair = pair_at(p, p.by_query, at);
+            add(p.scale * coefficient(pair, i), row_of<Element>(p.key, b, hk, pair.s));
+          }
+        });
+      }
+      if (p.d_lse)
+        for (int64_t at = begin; at < end; ++at)
+          p.d_lse[(b * p.H + h) * p.L + t] -= coefficient(pair_at(p, p.by_query, at), i);
     });
-    of_queries.take([&](int64_t t, const float* sum) { add_to(row_of<Element>(p.d_query, b, h, t), sum, p.D); });
+  }
+  if (!p.d_key.data || heads.empty()) return;
+  const auto key_of = [](const Pair& pair) { return pair.s; };
+  for_runs(p, p.by_key, b, key_of, [&](int64_t s, int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const Pair next = pair_at(p, p.by_key, std::min(at + AHEAD, last));
+      ask_for(row_of<Element>(p.d_key, b, hk, next.s), p.D);
+      for (const Head& head : heads) ask_for(row_of<Element>(p.query, b, head.h, next.t), p.D);
+    }
+    add_terms_to_row(row_of<Element>(p.d_key, b, hk, s), p.D, [&](auto&& add) {
+      for (const Head& head : heads)
+        for (int64_t at = begin; at < end; ++at) {
+          const Pair pair = pair_at(p, p.by_key, at);
+          add(p.scale * coefficient(pair, head.i), row_of<Element>(p.query, b, head.h, pair.t));
+        }
+    });
   });
-  of_keys.take([&](int64_t s, const float* sum) { add_to(row_of<Element>(p.d_key, b, hk, s), sum, p.D); });
 }
 
 void forward(const AlignmentLossForward& p, int64_t begin, int64_t end) {
@@ -134,10 +171,8 @@ void forward(const AlignmentLossForward& p, int64_t begin, int64_t end) {
 }
 
 void backward(const AlignmentLossBackward& p, int64_t begin, int64_t end) {
-  RowSums of_queries(p.d_query.data ? p.L : 0, p.D), of_keys(p.d_key.data ? p.S : 0, p.D);
   with_element(p.dtype, [&](auto element) {
-    for (int64_t unit = begin; unit < end; ++unit)
-      backward_unit<decltype(element)>(p, unit / p.Hk, unit % p.Hk, of_queries, of_keys);
+    for (int64_t unit = begin; unit < end; ++unit) backward_unit<decltype(element)>(p, unit / p.Hk, unit % p.Hk);
   });
 }
 

@@ -19,7 +19,7 @@ from nlpfast.cli.options import UsageError, as_usage_error
 from nlpfast.train.config import ConfigError
 
 # each is a module of this package with add_arguments(parser) and run(args) -> int; its docstring is the help
-VERBS = ("train", "generate", "info", "bench")
+VERBS = ("train", "generate", "align", "info", "bench")
 
 USAGE, DATA, INTERRUPTED, OTHER = 2, 65, 130, 1
 

@@ -18,8 +18,9 @@ two is. (fairseq keeps both, which gives the link twice the weight.) How many we
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Set, Sized
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from nlpfast.data.text import DataError, read_text
 
-__all__ = ["Alignments", "Link", "MAX_DIGITS", "check_same_length", "format_links", "read_alignments"]
+__all__ = ["MAX_DIGITS", "Alignments", "Link", "check_same_length", "format_links", "read_alignments"]
 
 # Positions of a source and a target word, both from 0.
 Link = tuple[int, int]
@@ -41,7 +42,7 @@ _ANY = re.compile(f"{_NUMBER}[-p?]{_NUMBER}")
 _SEPARATORS = str.maketrans("-p?", "   ")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Alignments:
     """The links of a corpus, sentence after sentence, in the order of the file.
 
@@ -79,8 +80,7 @@ class Alignments:
     @staticmethod
     def _sets(pairs: NDArray[np.int32], ends: NDArray[np.int64]) -> list[set[Link]]:
         links = list(map(tuple, pairs.tolist()))
-        bounds = ends.tolist()
-        return [set(links[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [set(links[a:b]) for a, b in itertools.pairwise(ends.tolist())]
 
     @classmethod
     def from_links(cls, sentences: Iterable[Iterable[Link]], path: str = "alignments") -> Alignments:
@@ -162,7 +162,7 @@ def format_links(links: Set[Link]) -> str:
     return " ".join(f"{source}-{target}" for source, target in sorted(links))
 
 
-def check_same_length(first: str, lines: Sequence[object], second: str, others: Sequence[object]) -> None:
+def check_same_length(first: str, lines: Sized, second: str, others: Sized) -> None:
     """Raise unless two files that belong together line by line have as many lines.
 
     Args:
@@ -182,7 +182,7 @@ def check_same_length(first: str, lines: Sequence[object], second: str, others: 
 def _first_of_each(
     sentence: NDArray[np.int64], pairs: NDArray[np.int32], sure: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
-    """Return which links to keep, in their order: of equal ones in a sentence the first that is sure, if any."""
+    """Return which links to keep, in order: of equal ones in a sentence the first that is sure, if any."""
     place = pairs[:, 0].astype(np.int64) * 10**MAX_DIGITS + pairs[:, 1]
     order = np.lexsort((~sure, place, sentence))
     sentence, place = sentence[order], place[order]

@@ -17,7 +17,7 @@ from torch import Tensor
 from nlpfast.data.alignments import Alignments, check_same_length
 from nlpfast.data.text import read_text
 
-__all__ = ["AlignmentPairs", "AlignmentReport", "Skipped", "pair_weights", "read_parallel"]
+__all__ = ["AlignmentPairs", "AlignmentReport", "Skipped", "read_parallel"]
 
 
 def read_parallel(source: str | Path, target: str | Path) -> tuple[list[list[str]], list[list[str]]]:
@@ -142,13 +142,12 @@ class AlignmentPairs:
         target_width: int | None = None,
         left_pad_source: bool = False,
         left_pad_target: bool = False,
-        align_shift: int = 0,
     ) -> Tensor:
-        """Return the pairs of a batch, for `nlpfast.alignment_loss`.
+        """Return the pairs of a batch, as `nlpfast.alignment_loss` takes them; its weights are the default.
 
-        Row t of the decoder is the step that predicts target token t; for a link (s, t) it is row
-        ``t + align_shift`` whose attention should be at column s. Left padding moves rows by T - length and
-        columns by S - length.
+        Row t of the decoder is the step that predicts target token t, and its attention should be at column s
+        for a link (s, t); LabelSmoothedCrossEntropyWithAlignment can take the step after instead, which there
+        always is. Left padding moves rows by T - length and columns by S - length.
 
         Args:
             sentences: number of each sentence of the batch in the corpus, from 0.
@@ -156,59 +155,29 @@ class AlignmentPairs:
             target_width: T; None is the longest target sentence of the batch.
             left_pad_source: padding of the source is before its tokens, not after them.
             left_pad_target: the same of the target.
-            align_shift: 0 supervises the step that predicts the target word (fairseq), 1 the one after, whose
-                input the word is (Chen et al. 2020, "Accurate Word Alignment Induction from Neural Machine
-                Translation").
 
         Returns:
             int64 [P, 3]: batch entry, target row, source column, sentence after sentence; P may be 0.
 
         Raises:
             IndexError: no such sentence.
-            ValueError: `align_shift` is neither 0 nor 1, or a sentence is longer than the width given.
+            ValueError: a sentence is longer than the width given.
         """
-        if align_shift not in (0, 1):
-            raise ValueError(f"align_shift={align_shift} must be 0 or 1, see the docstring")
         chosen = np.asarray(sentences, dtype=np.int64).reshape(-1)
-        if len(chosen) and not (0 <= chosen.min() and chosen.max() < len(self._counts)):
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(self._counts)):
             raise IndexError(f"sentences names {chosen.tolist()}; there are 0..{len(self._counts) - 1}")
         counts = self._counts[chosen]
         before = np.cumsum(counts) - counts
         link = np.arange(counts.sum()) + np.repeat(self._starts[chosen] - before, counts)
         entry = np.repeat(np.arange(len(chosen)), counts)
         columns, rows = self._pairs[link].T
-        # EOS is the last token and never linked, so the row after a linked one exists
-        rows = rows + align_shift
+        target_padding = _padding("target", self._target[chosen], target_width)
+        source_padding = _padding("source", self._source[chosen], source_width)
         if left_pad_target:
-            rows = rows + _padding("target", self._target[chosen], target_width)[entry]
+            rows = rows + target_padding[entry]
         if left_pad_source:
-            columns = columns + _padding("source", self._source[chosen], source_width)[entry]
+            columns = columns + source_padding[entry]
         return torch.from_numpy(np.stack((entry, rows, columns), axis=1))
-
-
-def pair_weights(pairs: Tensor) -> Tensor:
-    """Return 1 / (number of pairs with the same batch entry and target row) for each pair.
-
-    The weights of a target row sum up to 1, however many source words it is linked to (fairseq's
-    ``label_smoothed_cross_entropy_with_alignment``). The same as
-    ``torch.tensor([1 / sum(p[:2] == q[:2] for q in pairs.tolist()) for p in pairs.tolist()])``.
-
-    Args:
-        pairs: int64 [P, 3], batch entry, target row and source column, on any device.
-
-    Returns:
-        float32 [P], on the device of `pairs`.
-
-    Raises:
-        ValueError: `pairs` has another shape.
-    """
-    if pairs.dim() != 2 or pairs.shape[1] != 3:
-        raise ValueError(f"pairs has shape {list(pairs.shape)}, expected [P, 3]")
-    if len(pairs) == 0:
-        return torch.empty(0, device=pairs.device)
-    row = pairs[:, 0] * (pairs[:, 1].max() + 1) + pairs[:, 1]
-    _, inverse, counts = torch.unique(row, return_inverse=True, return_counts=True)
-    return counts[inverse].float().reciprocal()
 
 
 def _lengths(name: str, lengths: Sequence[int]) -> NDArray[np.int64]:

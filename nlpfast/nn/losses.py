@@ -203,7 +203,8 @@ class LabelSmoothedCrossEntropyWithAlignment(LabelSmoothedCrossEntropy):
             linear_weight: [V, D], or None.
             linear_bias: [V], or None.
             pairs: int64 [P, 3]: batch entry, target word, source word; None for a batch without alignments.
-                Rows are those of the step that predicts the target; `align_shift` is added here.
+                Rows are those of the step that predicts the target, as ``nlpfast.data.parallel`` has them;
+                `align_shift` is added here.
             query: [B, H, T, D], of the supervised layer.
             key: [B, Hk, S, D].
             lse: [B, H, T], as ``nlpfast.attention`` returned it.
