@@ -367,6 +367,37 @@ def test_autocast(backend, dtype) -> None:
         torch.testing.assert_close(a, b.float(), rtol=4 * limit, atol=4 * limit)
 
 
+@pytest.mark.long
+def test_more_than_65536_heads(backend) -> None:
+    q, k, _ = make_inputs(8192, 9, 2, 3, 4, requires_grad=True)
+    lse = torch.randn(8192, 9, 2, requires_grad=True)
+    pairs = drawn(9000, 8192, 2, 3)
+    results = []
+    for name in (backend, "reference"):
+        loss = alignment_loss(q, k, lse, pairs, backend=name)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (q, k, lse))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+def test_offsets_beyond_32_bits(backend) -> None:
+    far = 2**31 + 64
+    # only pages that are touched take memory
+    storage = torch.empty(2 * far, dtype=torch.bfloat16)
+    rows, columns = (storage[first:].as_strided((1, 1, 2, 8), (0, 0, far, 1)) for first in (0, 16))
+    rows.copy_(torch.randn(1, 1, 2, 8))
+    columns.copy_(torch.randn(1, 1, 2, 8))
+    lse, pairs = torch.randn(1, 1, 2), torch.tensor([[0, 0, 1], [0, 1, 1], [0, 1, 0]])
+    results = []
+    for tensors in ((rows, columns), (rows.contiguous(), columns.contiguous())):
+        q, k = (x.detach().requires_grad_() for x in tensors)
+        loss = alignment_loss(q, k, lse, pairs, backend=backend)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (q, k))])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_second_derivatives_are_an_error(backend) -> None:
     q, k, _ = make_inputs(1, 1, 2, 3, 4, requires_grad=True)
     lse = torch.zeros(1, 1, 2, requires_grad=True)
