@@ -10,10 +10,13 @@ STABLE_TORCH_LIBRARY(nlpfast, m) {
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, "
       "Tensor? prefix_lengths, Tensor? seed, float dropout_p, int causal, float scale) -> (Tensor, Tensor, Tensor)");
   // Returns dq, dk, dv and, if mask_gradient, the gradient of attn_mask as float32 of its sizes, else [0].
+  // pair_gradients: float32 [P, H], added to the gradients of query . key at pairs, int64 [P, 3] of batch entry, query
+  // and key.
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
       "Tensor lse, Tensor lse_low, Tensor? attn_mask, Tensor? key_lengths, Tensor? prefix_lengths, Tensor? seed, "
-      "float dropout_p, int causal, float scale, bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float dropout_p, int causal, float scale, bool mask_gradient, Tensor? pairs, Tensor? pair_gradients) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   // Packed sequences: [total, H, D], cu_seq: int64 [B + 1]. lse and its companion are [H, total].
   m.def(
       "varlen_attention_forward(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor cu_seq_k, int max_q, "

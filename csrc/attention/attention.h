@@ -67,6 +67,14 @@ struct MaskGradient {
   int64_t batch, head, rows, columns;
 };
 
+// What is added to the gradient of query . key at single pairs of a query and a key that it sees.
+struct PairGradients {
+  const int64_t* pairs;  // [P, 3]: batch entry, query, key
+  const float* values;   // [P, H], or null
+  const int64_t* order;  // numbers of pairs: those of query i of batch entry b from begin[b * L + i] up to the next
+  const int64_t* begin;  // [B * L + 1]
+};
+
 struct AttentionBackward : AttentionProblem {
   int64_t strips;
   Strided grad_out, out;       // [B, H, L, E]
@@ -74,6 +82,7 @@ struct AttentionBackward : AttentionProblem {
   const float* grad_lse;       // [B, H, L], or null
   Result dq, dk, dv;           // every element is written
   MaskGradient dmask;
+  PairGradients extra;
 };
 
 // Tiles of the score matrix: QUERY_BLOCK x KEY_BLOCK. QUERY_BLOCK is a multiple of the eight rows of a Philox call.

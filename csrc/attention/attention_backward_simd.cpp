@@ -8,6 +8,9 @@
 // tile of scores then holds, row by row, P~ of two queries in a word and dS of the same two, and the tile of dP holds
 // dS with two keys in a word.
 //
+// Where single pairs of a query and a key have gradients of their own, from what supervises their probabilities, these
+// are added to dS: no row is read or written for them.
+//
 // Where one tile has all keys, Delta is summed up there, as rowsum(P * dP): O is not read, nor is its rounding felt.
 #include "attention_rectangle.h"
 
@@ -148,6 +151,26 @@ void add_to_mask(const MaskGradient& m, const Tile& t, const float* ds, float* d
   }
 }
 
+// Adds the gradients at pairs to the tile's dS, wherever it lies.
+template <bool PAIRS>
+void add_at_pairs(const AttentionBackward& p, const Sequence& seq, const Tile& t, int64_t h, float* s, float* dp) {
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const int64_t* begin = p.extra.begin + seq.b * p.L + t.i0 + i;
+    for (int64_t at = begin[0]; at < begin[1]; ++at) {
+      const int64_t number = p.extra.order[at], j = p.extra.pairs[3 * number + 2] - t.j0;
+      if (j < 0 || j >= t.limit(i)) continue;
+      const float value = p.extra.values[number * p.H + h];
+      if constexpr (PAIRS) {
+        auto* of_columns = reinterpret_cast<Bfloat16*>(dp + i * TILE_STRIDE) + j;
+        auto* of_rows = reinterpret_cast<Bfloat16*>(s + (i / 2 * 2 + 1) * TILE_STRIDE + j) + i % 2;
+        *of_columns = *of_rows = from_float<Bfloat16>(to_float(*of_columns) + value);
+      } else {
+        dp[i * TILE_STRIDE + j] += value;
+      }
+    }
+  }
+}
+
 struct Targets {
   Target dq, dk, dv;  // dq: rows of the rectangle; dk, dv: rows of the block of keys
 };
@@ -182,6 +205,7 @@ void backward_tile(const AttentionBackward& p, const Sequence& seq, const Rectan
   if (r.dmask)
     return add_to_mask(p.dmask, t, w.dp,
                        r.dmask + i * (p.dmask.rows > 1 ? p.dmask.columns : 0) + (p.dmask.columns > 1 ? j : 0));
+  if (p.extra.values) add_at_pairs<PAIRS>(p, seq, t, h, w.s, w.dp);
   if (PAIRS) clear_missing_rows(t, w.s);
   const int64_t pair_rows = STEP<PAIRS> * TILE_STRIDE, rows = depth_of<PAIRS>(t.rows), slot = i / STEP<PAIRS>;
   if (r.want_key_value) {

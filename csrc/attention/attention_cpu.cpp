@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& value, const Tensor& out, const Tensor& lse, const Tensor& lse_low,
     const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& key_lengths,
     const std::optional<Tensor>& prefix_lengths, const std::optional<Tensor>& seed, double dropout_p, int64_t causal,
-    double scale, bool mask_gradient) {
+    double scale, bool mask_gradient, const std::optional<Tensor>& pairs, const std::optional<Tensor>& pair_gradients) {
   AttentionBackward p{};
   static_cast<AttentionProblem&>(p) =
       make_problem(query, key, value, {attn_mask, key_lengths, prefix_lengths, seed, dropout_p, causal, scale});
@@ -46,6 +46,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
                      ? new_empty(lse, {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)})
                      : new_empty(lse, {0});
   if (wanted) p.dmask = {floats(dmask), attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)};
+  STD_TORCH_CHECK(pairs.has_value() == pair_gradients.has_value(), "pairs and pair_gradients belong together");
+  PairsByQuery by_query;
+  if (pairs) by_query.set(p, *pairs, *pair_gradients);
   run_backward(p);
   return {dq, dk, dv, dmask};
 }

@@ -180,6 +180,27 @@ RowStatistics::RowStatistics(AttentionBackward& p, const Tensor& lse_, const Ten
   p.grad_lse = floats(*grad_lse);
 }
 
+void PairsByQuery::set(AttentionBackward& p, const Tensor& pairs, const Tensor& values) {
+  check_cpu(pairs, "pairs", ScalarType::Long, "int64", 2);
+  const int64_t P = pairs.size(0);
+  STD_TORCH_CHECK(pairs.size(1) == 3 && pairs.is_contiguous(), "pairs must be contiguous [P, 3]");
+  check_shape(values, "pair_gradients", ScalarType::Float, {P, p.H});
+  STD_TORCH_CHECK(values.is_contiguous(), "pair_gradients must be contiguous");
+  const auto* rows = static_cast<const int64_t*>(pairs.const_data_ptr());
+  begin_.assign(p.B * p.L + 1, 0), order_.resize(P);
+  // The kernels index with them: a wrong one must not be written with.
+  for (int64_t n = 0; n < P; ++n) {
+    const int64_t b = rows[3 * n], i = rows[3 * n + 1], j = rows[3 * n + 2];
+    STD_TORCH_CHECK(b >= 0 && b < p.B && i >= 0 && i < p.L && j >= 0 && j < p.S, "pair ", n,
+                    " lies outside of batch, queries or keys");
+    ++begin_[b * p.L + i + 1];
+  }
+  for (int64_t row = 0; row < p.B * p.L; ++row) begin_[row + 1] += begin_[row];
+  std::vector<int64_t> next(begin_.begin(), begin_.end() - 1);
+  for (int64_t n = 0; n < P; ++n) order_[next[rows[3 * n] * p.L + rows[3 * n + 1]]++] = n;
+  p.extra = {rows, floats(values), order_.data(), begin_.data()};
+}
+
 void run_forward(AttentionForward& p) {
   const int64_t heads = p.B * p.H;
   p.strips = strips_per_head(p, heads);

@@ -1,6 +1,8 @@
 // Checked arguments of the attention operations, as the kernels take them.
 #pragma once
 
+#include <vector>
+
 #include "../stable.h"
 #include "attention.h"
 
@@ -39,6 +41,15 @@ struct RowStatistics {
 
   RowStatistics(AttentionBackward& p, const Tensor& lse, const Tensor& lse_low, const std::optional<Tensor>& grad_lse,
                 std::initializer_list<int64_t> shape);
+};
+
+// Gradients at pairs as the backward reads them: the pairs' numbers, kept alive here, in the order of their queries.
+class PairsByQuery {
+ public:
+  void set(AttentionBackward& p, const Tensor& pairs, const Tensor& values);
+
+ private:
+  std::vector<int64_t> order_, begin_;
 };
 
 // Divide the work among the threads and run the kernels.

@@ -8,38 +8,64 @@ times as long as all the rest of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Addition:
-    """What another op's backward pass leaves to that of attention, to be added to its gradients in place.
+class PairGradients:
+    """Gradients of ``query . key`` at pairs, which attention's backward pass adds to its own.
 
     Attributes:
-        backward: adds to the gradients of query and key; its last three arguments are those, and that of lse.
-        arguments: all before them.
+        coefficients: [P, n], float32 (float64 for float64): the gradients of ``scale * query . key``.
+        query: [B, H, L, D].
+        key: [B, Hk, S, D].
+        pairs: [P, 3], int64: batch entry, row of query, row of key.
+        heads: the numbers of the n heads.
+        scale: see `coefficients`.
+        backward: adds them to gradients of query and key that are there, as of alignment_loss's backends.
     """
 
-    def __init__(self, backward: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        """Take both, and remember in which backward pass this is."""
-        self.backward, self.arguments = backward, arguments
+    def __init__(
+        self,
+        coefficients: Tensor,
+        query: Tensor,
+        key: Tensor,
+        pairs: Tensor,
+        heads: tuple[int, ...],
+        scale: float,
+        backward: Callable[..., None],
+    ) -> None:
+        """Take them, and remember in which backward pass this is."""
+        self.coefficients, self.pairs, self.heads, self.scale = coefficients, pairs, heads, scale
+        self.query, self.key, self.backward = query, key, backward
         self.task = torch._C._current_graph_task_id()
 
-    def run(self, d_query: Tensor, d_key: Tensor) -> None:
-        """Add, unless this was left behind in another pass, which had no use for these gradients."""
-        if self.task == torch._C._current_graph_task_id():
-            self.backward(*self.arguments, d_query, d_key, None)
+    def is_of_this_pass(self) -> bool:
+        """Return whether this was not left behind in another pass, which had no use for these gradients."""
+        return bool(self.task == torch._C._current_graph_task_id())
+
+    def of_heads(self, H: int) -> Tensor:
+        """Return the gradients of ``query . key`` of all H heads, contiguous [P, H]."""
+        values = self.scale * self.coefficients
+        if self.heads == tuple(range(H)):
+            return values.contiguous()
+        numbers = torch.tensor(self.heads, device=values.device)
+        return values.new_zeros(len(values), H).index_add_(1, numbers, values)
+
+    def add_to(self, d_query: Tensor, d_key: Tensor) -> None:
+        """Add to the gradients of query and key, row by row."""
+        inputs = (self.coefficients, self.query, self.key, self.pairs, self.heads, self.scale)
+        self.backward(*inputs, d_query, d_key, None)
 
 
-def link_to(lse: Tensor, query: Tensor, key: Tensor) -> list[Addition] | None:
+def link_to(lse: Tensor, query: Tensor, key: Tensor) -> list[PairGradients] | None:
     """Return the additions of the call of attention that lse came from, if it had this query and this key.
 
     None elsewhere: the gradients must go where attention's go, and attention's backward pass must come later.
     """
     call = None if torch.compiler.is_compiling() else lse.grad_fn
-    additions: list[Addition] | None = getattr(call, "additions", None)
+    additions: list[PairGradients] | None = getattr(call, "additions", None)
     if call is None or additions is None:
         return None
     for x, (node, number) in zip((query, key), call.next_functions, strict=False):

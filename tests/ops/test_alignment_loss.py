@@ -262,7 +262,8 @@ def test_rows_that_no_pair_names_may_hold_anything(backend) -> None:
 
 def test_attention_takes_the_gradients_where_it_can(monkeypatch) -> None:
     made = []
-    monkeypatch.setattr(additions.Addition, "run", lambda self, *grads: made.append(grads))
+    taken = additions.PairGradients.of_heads
+    monkeypatch.setattr(additions.PairGradients, "of_heads", lambda *x: made.append(x) or taken(*x))
     q, k, v = make_inputs(1, 2, 4, 5, 3, requires_grad=True)
     pairs = drawn(6, 1, 4, 5)
 
@@ -280,6 +281,74 @@ def test_attention_takes_the_gradients_where_it_can(monkeypatch) -> None:
     assert runs(q, k, attention(q * 1, k, v, return_lse=True)[1]) == 0
     assert runs(q, k, attention(q, k, v, return_lse=True)[1].detach()) == 0
     assert runs(q, k, attention(q, k, v, return_lse=True)[1] * 1) == 0
+
+
+def visible(kind: str, L: int, S: int) -> tuple[dict, Tensor]:
+    """Options of attention over two batch entries, and what they let be seen, [2, L, S]."""
+    rows, columns, lengths = torch.arange(L)[:, None], torch.arange(S), torch.tensor([S, S // 2])
+    seen = torch.ones(2, L, S, dtype=torch.bool)
+    some = torch.rand(2, 1, L, S, generator=torch.Generator().manual_seed(3)) < 0.6
+    some[:, :, :, S // 3 : S // 3 + 140] = False  # whole tiles, where there are several
+    options: dict[str, dict] = {
+        "none": {},
+        "dropout": {"dropout_p": 0.3, "seed": 5},
+        "causal": {"is_causal": True, "causal_align": "bottom_right"},
+        "prefix": {"is_causal": True, "prefix_lengths": lengths // 2},
+        "lengths": {"key_lengths": lengths},
+        "mask": {"attn_mask": some},
+        "additive": {"attn_mask": torch.zeros(2, 1, L, S).masked_fill(~some, -math.inf).requires_grad_()},
+    }
+    if kind == "causal":
+        seen &= columns <= rows + S - L
+    elif kind == "prefix":
+        seen &= (columns <= rows) | (columns < (lengths // 2)[:, None, None])
+    elif kind == "lengths":
+        seen &= columns < lengths[:, None, None]
+    elif "attn_mask" in options[kind]:
+        seen &= some[:, 0]
+    return options[kind], seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["none", "dropout", "causal", "prefix", "lengths", "mask", "additive"])
+@pytest.mark.parametrize(("L", "S"), [(5, 6), (64, 64), (71, 300)])
+@pytest.mark.parametrize(("Hk", "heads"), [(4, None), (2, (3, 1))])
+def test_attention_adds_what_autograd_would(dtype, kind, L, S, Hk, heads) -> None:
+    options, seen = visible(kind, L, S)
+    places = seen.nonzero()
+    pairs = places[torch.randint(len(places), (200,), generator=torch.Generator().manual_seed(1))]
+    tensors = make_inputs(2, 4, L, S, 24, Hk=Hk, Dv=8, dtype=dtype)
+    results = []
+    # several threads: tiles are then computed by two passes, one for queries and one for keys
+    for linked, threads in ((False, 1), (True, 1), (True, 8)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        if kind == "additive":
+            leaves.append(options["attn_mask"])
+        out, lse = attention(*leaves[:3], enable_gqa=True, return_lse=True, **options)
+        query = leaves[0] if linked else leaves[0] * 1
+        loss = alignment_loss(query, leaves[1], lse, pairs, heads=heads)
+        results.append(torch.autograd.grad(out.sum() + 0.7 * loss, leaves))
+        torch.set_num_threads(before)
+    for a, b, c in zip(*results, strict=True):
+        size = 8 * torch.finfo(a.dtype).eps * a.abs().max().item()
+        torch.testing.assert_close(b, a, rtol=0, atol=size)
+        assert torch.equal(b, c)
+
+
+def test_two_losses_of_one_attention(backend) -> None:
+    q, k, v = make_inputs(2, 4, 9, 8, 16, requires_grad=True)
+    results = []
+    for linked in (False, True):
+        _, lse = attention(q, k, v, return_lse=True)
+        query = q if linked else q * 1
+        losses = [
+            alignment_loss(query, k, lse, drawn(20, 2, 9, 8, n), heads=n, backend=backend) for n in (1, 3)
+        ]
+        results.append(torch.autograd.grad(losses[0] + 2 * losses[1], (q, k)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("linked", [False, True])

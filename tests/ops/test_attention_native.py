@@ -28,7 +28,8 @@ def backward_arguments(dropout_p: float, requires_grad: bool = False) -> tuple:
     forward = (*arguments(dropout_p, requires_grad), True)
     results = OPS.attention_forward(*(x.detach() if isinstance(x, torch.Tensor) else x for x in forward[:-1]))
     grad_out = torch.randn_like(results[0]).requires_grad_(requires_grad)
-    return grad_out, torch.randn_like(results[1]), *forward[:3], *results, *forward[3:]
+    pairs = torch.tensor([[0, 1, 2], [1, 4, 0], [0, 1, 2]]), torch.randn(3, 4)
+    return grad_out, torch.randn_like(results[1]), *forward[:3], *results, *forward[3:], *pairs
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
@@ -92,6 +93,16 @@ def test_bad_arguments_are_refused(changed: tuple, message: str) -> None:
         (7, torch.randn(2, 4, 6), "lse_low must have size 5"),
         (8, None, "mask_gradient needs a floating attn_mask"),
         (8, torch.ones(2, 1, 5, 7, dtype=torch.bool), "mask_gradient needs a floating attn_mask"),
+        (16, torch.tensor([[0, 1, 2], [2, 0, 0], [0, 0, 0]]), "pair 1 lies outside"),
+        (16, torch.tensor([[0, 1, 2], [0, 0, 0], [0, 5, 0]]), "pair 2 lies outside"),
+        (16, torch.tensor([[0, 1, -1], [0, 0, 0], [0, 0, 0]]), "pair 0 lies outside"),
+        (16, torch.tensor([[0, 1, 7], [0, 0, 0], [0, 0, 0]]), "pair 0 lies outside"),
+        (16, torch.zeros(3, 2, dtype=torch.int64), "pairs must be contiguous"),
+        (16, torch.zeros(2, 3, dtype=torch.int64), "pair_gradients must have size 2"),
+        (16, None, "belong together"),
+        (17, torch.zeros(3, 3), "pair_gradients must have size 4"),
+        (17, torch.zeros(4, 3).T, "pair_gradients must be contiguous"),
+        (17, None, "belong together"),
     ],
 )
 def test_bad_arguments_of_backward_are_refused(position: int, value: torch.Tensor, message: str) -> None:
@@ -178,7 +189,7 @@ def test_offsets_beyond_two_to_the_thirty_first() -> None:
     assert torch.equal(attention(far, *inputs[1:], is_causal=True, backend="cpu"), near)
     grad_out = torch.randn_like(near)
     rest = (None, None, None, None, 0.0, 1, 0.5)
-    call = (*inputs, *OPS.attention_forward(*inputs, *rest), *rest, False)
+    call = (*inputs, *OPS.attention_forward(*inputs, *rest), *rest, False, None, None)
     wanted = OPS.attention_backward(grad_out, None, *call)
     far.copy_(grad_out)
     actual = OPS.attention_backward(far, None, *call)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nlpfast import dispatch, native
-from nlpfast.ops.additions import Addition, link_to
+from nlpfast.ops.additions import PairGradients, link_to
 from nlpfast.ops.alignment_loss import reference
 from nlpfast.ops.attention import autocast
 from nlpfast.ops.second_derivative import refuse_second_derivative
@@ -235,7 +235,7 @@ class _Terms(torch.autograd.Function):
         heads: tuple[int, ...],
         scale: float,
         module: ModuleType,
-        attention: list[Addition] | None,
+        attention: list[PairGradients] | None,
     ) -> Tensor:
         """Run the backend and save what its backward reads."""
         ctx.save_for_backward(query, key, lse, pairs)
@@ -252,7 +252,7 @@ class _Terms(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         arguments = (grad, query, key, pairs, ctx.heads, ctx.scale)
         if ctx.attention is not None and wanted[2]:
-            ctx.attention.append(Addition(ctx.module.backward, arguments))
+            ctx.attention.append(PairGradients(*arguments, ctx.module.backward))
             wanted[:2] = [False, False]
         made = [torch.zeros_like(x) if want else None for x, want in zip((query, key), wanted, strict=False)]
         d_lse = torch.zeros(lse.shape, dtype=lse.dtype, device=lse.device) if wanted[2] else None

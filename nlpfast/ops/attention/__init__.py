@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nlpfast import dispatch, native
+from nlpfast.ops.additions import PairGradients
 from nlpfast.ops.attention import reference
 from nlpfast.ops.second_derivative import refuse_second_derivative
 
@@ -184,11 +185,14 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(saved[3])
-        grads = ctx.module.backward(grad_out, grad_lse, *saved, *ctx.options)
+        extra: list[PairGradients] = []
         if not torch.compiler.is_compiling():
-            for addition in ctx.additions:
-                addition.run(grads[0], grads[1])
+            extra = [x for x in ctx.additions if x.is_of_this_pass()]
             ctx.additions.clear()
+        taken = [extra.pop()] if extra and getattr(ctx.module, "TAKES_PAIR_GRADIENTS", False) else []
+        grads = ctx.module.backward(grad_out, grad_lse, *saved, *ctx.options, *taken)
+        for left in extra:
+            left.add_to(grads[0], grads[1])
         grads = refuse_second_derivative(NO_SECOND, grads, grad_out, grad_lse, *saved[:3], saved[6])
         return (*grads, None, None, None, None, None, None, None, None)
 

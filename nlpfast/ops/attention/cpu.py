@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor
 
+from nlpfast.ops.additions import PairGradients
+
 SERVES = "float32, bfloat16 and float16, D and Dv <= 256, every mask, any strides"
 MAX_HEAD_SIZE = 256
+# `backward` takes gradients at pairs along (nlpfast/ops/additions.py).
+TAKES_PAIR_GRADIENTS = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # As csrc/library.cpp numbers them.
@@ -68,13 +72,18 @@ def backward(
     dropout_p: float,
     causal: str,
     scale: float,
+    extra: PairGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of query, key and value, contiguous, and of a mask that requires one."""
+    """Return the gradients of query, key and value, contiguous, and of a mask that requires one.
+
+    `extra` is added to the gradients of query and key, while the tiles that it belongs to are in the cache.
+    """
     mask_gradient = attn_mask is not None and attn_mask.requires_grad
     dq, dk, dv, dmask = torch.ops.nlpfast.attention_backward(
         *(grad_out, grad_lse, query, key, value, out, lse, lse_low),
         *(attn_mask, _rows(key_lengths), _rows(prefix_lengths), _rows(seed)),
         *(dropout_p, CAUSAL[causal], scale, mask_gradient),
+        *((None, None) if extra is None else (extra.pairs.contiguous(), extra.of_heads(query.shape[1]))),
     )
     return dq, dk, dv, dmask.to(attn_mask.dtype) if mask_gradient and attn_mask is not None else None
 
@@ -95,7 +104,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("nlpfast::attention_backward")
     def _(grad_out, grad_lse, query, key, value, out, lse, lse_low, attn_mask, *rest):  # type: ignore[no-untyped-def]
-        dmask = lse.new_empty(attn_mask.shape if rest[-1] else (0,))
+        dmask = lse.new_empty(attn_mask.shape if rest[-3] else (0,))
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), dmask
 
 
