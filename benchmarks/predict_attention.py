@@ -338,7 +338,8 @@ def _kernel_cells(prediction: Prediction) -> list[list[str]]:
 def main(arguments: Sequence[str]) -> int:
     """Print the page, or write it to the file that is named."""
     if arguments:
-        report.write_atomically(Path(arguments[0]), page())
+        with replacing(arguments[0]) as file:
+            file.write(page().encode())
     else:
         print(page(), end="")
     return 0

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from nlpfast.files import replacing
 
 Result = dict[str, Any]
 
@@ -138,26 +138,6 @@ def page(files: Sequence[Path]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the whole new one, also when the machine stops.
-
-    Args:
-        path: the file; its folder must exist.
-        text: the content.
-    """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def main(arguments: Sequence[str]) -> int:
     """Write the page of a folder of results; 2 when the folder holds none."""
     if len(arguments) != 2:
@@ -167,7 +147,8 @@ def main(arguments: Sequence[str]) -> int:
     if not files:
         print(f"no results in {arguments[0]}: run `make bench` first", file=sys.stderr)
         return 2
-    write_atomically(Path(arguments[1]), page(files))
+    with replacing(arguments[1]) as file:
+        file.write(page(files).encode())
     return 0
 
 

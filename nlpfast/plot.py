@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from nlpfast.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,12 +68,8 @@ def alignment(
     axes.tick_params(which="minor", length=0)
     axes.grid(which="minor", color="0.85", linewidth=0.5)
     if path is not None:
-        part = Path(f"{path}.part")
-        try:
-            canvas.print_png(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as file:
+            canvas.print_png(file)
     return figure
 
 

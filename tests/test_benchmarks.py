@@ -223,20 +223,6 @@ def test_page_needs_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "results.json"
-    report.write_atomically(file, "old")
-
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
-        report.write_atomically(file, "new")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
-    assert file.read_text(encoding="utf-8") == "old"
-
-
 class FakeGpu:
     """A GPU that computes on the CPU, and notes what it is asked for."""
 

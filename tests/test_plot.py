@@ -84,8 +84,8 @@ def test_a_file_that_cannot_be_written(matplotlib, tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_text("before")
 
-    def fill_the_disk(canvas, name):
-        name.write_bytes(b"\x89PNG")
+    def fill_the_disk(canvas, file):
+        file.write(b"\x89PNG")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.backends.backend_agg.FigureCanvasAgg.print_png", fill_the_disk)

@@ -1,7 +1,7 @@
 """The command line: `nlpfast VERB ...`, one module a verb.
 
-Exit codes: 0 done, 2 wrong usage, 65 bad data, 130 interrupted, 1 anything else. Errors are one line on
-stderr; results go to stdout and everything else to stderr.
+Exit codes: 0 done, 2 wrong usage, 65 bad data, 130 interrupted, 143 terminated, 1 anything else. Errors are
+one line on stderr; results go to stdout and everything else to stderr.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from nlpfast.cli.options import UsageError, as_usage_error
+from nlpfast.stop import INTERRUPTED, TERMINATED, StopSignals, Terminated
 from nlpfast.train.config import ConfigError
 
 # each is a module of this package with add_arguments(parser) and run(args) -> int; its docstring is the help
 VERBS = ("train", "generate", "align", "info", "bench")
 
-USAGE, DATA, INTERRUPTED, OTHER = 2, 65, 130, 1
+USAGE, DATA, OTHER = 2, 65, 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,6 +80,8 @@ def _exit_code(error: BaseException) -> int:
         return USAGE
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
+    if isinstance(error, Terminated):
+        return TERMINATED
     # imports torch, which a usage error does not need
     from nlpfast.data.text import DataError
 
@@ -88,6 +91,8 @@ def _exit_code(error: BaseException) -> int:
 def _message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, Terminated):
+        return "terminated"
     if isinstance(error, BrokenPipeError):
         return "the reader of the output closed it"
     text = " ".join(str(error).split())
@@ -96,24 +101,36 @@ def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}; run again with --debug to see where"
 
 
+def _report(error: BaseException, argv: Sequence[str]) -> int:
+    """Print one line for an error, below its traceback if that is wanted, and return the exit code."""
+    if "--debug" in argv:
+        traceback.print_exception(error)
+    if isinstance(error, BrokenPipeError):
+        # or the interpreter complains once more when it flushes stdout at its end
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(f"nlpfast: error: {_message(error)}", file=sys.stderr)
+    return _exit_code(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
+
+    SIGINT, SIGTERM and SIGUSR1 unwind what runs; a second one ends the process.
 
     Args:
         argv: the words after `nlpfast`; those of the process when None.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return _run(argv)
-    except SystemExit as exit_:
-        # argparse ends --help this way
-        return int(exit_.code or 0)
-    except (Exception, KeyboardInterrupt) as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        if isinstance(error, BrokenPipeError):
-            # or the interpreter complains once more when it flushes stdout at its end
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"nlpfast: error: {_message(error)}", file=sys.stderr)
-        return _exit_code(error)
+        with StopSignals(raise_at_once=True):
+            try:
+                return _run(argv)
+            except SystemExit as exit_:
+                # argparse ends --help this way
+                return int(exit_.code or 0)
+            except (Exception, KeyboardInterrupt, Terminated) as error:
+                return _report(error, argv)
+    except (KeyboardInterrupt, Terminated) as error:
+        # a signal while an error was reported, or when all was done
+        return _report(error, argv)

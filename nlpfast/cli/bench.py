@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from nlpfast.cli.options import UsageError
+from nlpfast.files import replacing
 
 # The benchmark of nlpfast.accelerate, besides those of the ops.
 MODELS = "modules"
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
         results[op] = measure.run(bench, settings, lambda line: print(line, file=sys.stderr, flush=True))
         print(report.section(op, results[op]), flush=True)
     if path is not None:
-        report.write_atomically(path, json.dumps({**facts, "ops": results}, indent=2) + "\n")
+        with replacing(path) as file:
+            file.write((json.dumps({**facts, "ops": results}, indent=2) + "\n").encode())
         print(f"results written to {path}", file=sys.stderr)
     return 0
 

@@ -338,7 +338,7 @@ def test_attention_adds_what_autograd_would(dtype, kind, L, S, Hk, heads) -> Non
 
 
 def test_two_losses_of_one_attention(backend) -> None:
-    q, k, v = make_inputs(2, 4, 9, 8, 16, requires_grad=True)
+    q, k, v = make_inputs(2, 4, 9, 8, 19, requires_grad=True)
     results = []
     for linked in (False, True):
         _, lse = attention(q, k, v, return_lse=True)
@@ -416,6 +416,31 @@ def test_opcheck(dtype) -> None:
     grads = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(lse))
     inputs = (torch.randn(9, 2), q, k, pairs, heads, 0.5)
     torch.library.opcheck(torch.ops.nlpfast.alignment_loss_backward, (*inputs, *grads), test_utils=tests)
+
+
+@pytest.mark.skipif(isinstance(dispatch.registry[OP]["cpu"], str), reason="no native library")
+@pytest.mark.parametrize(
+    ("pair", "head", "message"),
+    [
+        ((2, 0, 0), 0, "pair 1 lies outside"),
+        ((-1, 0, 0), 0, "pair 1 lies outside"),
+        ((0, 5, 0), 0, "pair 1 lies outside"),
+        ((0, -1, 0), 0, "pair 1 lies outside"),
+        ((0, 0, 6), 0, "pair 1 lies outside"),
+        ((0, 0, -1), 0, "pair 1 lies outside"),
+        ((0, 0, 0), 4, "head 4 lies outside"),
+        ((0, 0, 0), -1, "head -1 lies outside"),
+    ],
+)
+def test_the_operations_read_and_write_nowhere_else(pair, head, message) -> None:
+    q, k, _ = make_inputs(2, 4, 5, 6, 8, Hk=2)
+    pairs, heads = torch.tensor([(0, 0, 0), pair]), torch.tensor([0, head])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.nlpfast.alignment_loss_forward(q, k, torch.randn(2, 4, 5), pairs, heads, 0.5)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.nlpfast.alignment_loss_backward(
+            torch.randn(2, 2), q, k, pairs, heads, 0.5, torch.zeros_like(q), None, None
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
