@@ -34,7 +34,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type, title: str) -> 
         kinds = [kind for kind in get_args(hints[field.name]) if kind is not type(None)] or [
             hints[field.name]
         ]
-        arguments: dict[str, Any] = {"default": field.default, "dest": field.name}
+        # what is not given is left out, for `build` to know
+        arguments: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
         text = field.metadata["help"]
         if kinds == [bool]:
             arguments["action"] = "store_true"
@@ -52,6 +53,21 @@ def add_options(parser: argparse.ArgumentParser, settings: type, title: str) -> 
         group.add_argument(option_name(field.name), help=text.replace("%", "%%"), **arguments)
 
 
+def given(settings: type[Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the options that a command line gives, by field.
+
+    Args:
+        settings: the dataclass that was given to `add_options`.
+        args: the parsed command line.
+    """
+    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(settings)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if hasattr(args, name)
+    }
+
+
 def build(settings: type[Settings], args: argparse.Namespace) -> Settings:
     """Return the settings that a parsed command line asks for.
 
@@ -62,12 +78,8 @@ def build(settings: type[Settings], args: argparse.Namespace) -> Settings:
     Raises:
         UsageError: a value is outside its bounds; names the option.
     """
-    values = {}
-    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
-        value = getattr(args, field.name)
-        values[field.name] = tuple(value) if isinstance(value, list) else value
     try:
-        return settings(**values)
+        return settings(**given(settings, args))
     except ConfigError as error:
         raise as_usage_error(error) from error
 

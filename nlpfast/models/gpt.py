@@ -13,6 +13,7 @@ Shapes: B batch, T sequence length, C channels (n_embd), V vocabulary.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -235,17 +236,20 @@ class GPT(nn.Module):
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
         return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=train_config.betas, fused=fused)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors; a write that fails leaves the files that were there.
 
         Args:
             folder: made when missing.
+            state_dict: the weights to be written, where the module has only parts of them; None for its own.
 
         Raises:
             ValueError: when the configuration holds something other than plain values.
             OSError: when the folder cannot be made or a file cannot be written; names it.
         """
-        pretrained.write(folder, {"model_type": "gpt", **self.config.to_dict()}, self.state_dict())
+        pretrained.write(
+            folder, {"model_type": "gpt", **self.config.to_dict()}, state_dict or self.state_dict()
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GPT:

@@ -2,10 +2,11 @@
 
     config.json, model.safetensors    the model, as its own from_pretrained(folder) reads it
     optimizer.safetensors             "<slot>.<parameter>", for example "exp_avg.head.weight"
+    <name>.safetensors                what the caller adds, such as the random state
     state.json                        progress, settings, metadata such as the vocabulary, versions
 
 A checkpoint is written to `<folder>.partial`, every file is synced, the old one moves to `<folder>.previous`,
-the new one takes its name, and only then the old one goes. A crash between the two renames leaves
+the new one takes its name, and only then an older one goes. A crash between the two renames leaves
 `<folder>.previous`, which `find` returns. Nothing is ever unpickled.
 """
 
@@ -27,9 +28,10 @@ from torch import Tensor, nn
 import nlpfast
 from nlpfast.data.text import DataError
 from nlpfast.models import pretrained
+from nlpfast.train.distributed import like, whole
 
-FORMAT = 1
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+FORMAT = 2
+OPTIMIZER, ENDING, STATE = "optimizer", ".safetensors", "state.json"
 
 
 class CheckpointError(DataError):
@@ -45,12 +47,14 @@ class Checkpoint:
         state: progress of the run.
         config: settings of the run.
         metadata: what the caller of `save` added, for example the vocabulary.
+        tensors: what the caller of `save` added: tensors by name, by the name of their file.
     """
 
     folder: Path
     state: dict[str, Any]
     config: dict[str, Any]
     metadata: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
 
 
 def _beside(folder: Path, ending: str) -> Path:
@@ -85,7 +89,7 @@ def _optimizer_parts(
     tensors = {}
     for index, slots in content["state"].items():
         for slot, value in slots.items():
-            tensors[f"{slot}.{flat[index]}"] = torch.as_tensor(value)
+            tensors[f"{slot}.{flat[index]}"] = whole(torch.as_tensor(value))
     groups = [
         {**{key: value for key, value in group.items() if key != "params"}, "params": group_names}
         for group, group_names in zip(content["param_groups"], names, strict=True)
@@ -94,35 +98,43 @@ def _optimizer_parts(
 
 
 def _write(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, content: dict[str, Any]
+    folder: Path,
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    files: Mapping[str, Mapping[str, Tensor]],
+    content: Mapping[str, Any],
 ) -> None:
     folder.mkdir(parents=True)
     if hasattr(model, "save_pretrained"):
-        cast(Any, model).save_pretrained(folder)
+        cast(Any, model).save_pretrained(folder, state_dict=weights)
     else:
-        save_file(_plain_tensors(model.state_dict()), folder / pretrained.WEIGHTS_FILE)
-    if optimizer is not None:
-        tensors, content["optimizer"] = _optimizer_parts(model, optimizer)
-        save_file(_plain_tensors(tensors), folder / OPTIMIZER)
+        save_file(_plain_tensors(weights), folder / pretrained.WEIGHTS_FILE)
+    for name, tensors in files.items():
+        save_file(_plain_tensors(tensors), folder / f"{name}{ENDING}")
     (folder / STATE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         pretrained.flush(path)
     pretrained.flush(folder)
 
 
-def _take_place(partial: Path, folder: Path) -> None:
-    previous = _beside(folder, "previous")
+def _take_place(partial: Path, folder: Path, keep_previous: bool) -> None:
+    previous, older = _beside(folder, "previous"), _beside(folder, "older")
     if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
+        if previous.exists():
+            os.replace(previous, older)
         os.replace(folder, previous)
     try:
         os.replace(partial, folder)
     except BaseException:
         if previous.exists() and not folder.exists():
             os.replace(previous, folder)
+        if older.exists() and not previous.exists():
+            os.replace(older, previous)
         raise
     pretrained.flush(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)
+    if not keep_previous:
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def save(
@@ -133,16 +145,23 @@ def save(
     config: Mapping[str, Any],
     *,
     metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    keep_previous: bool = False,
+    write: bool = True,
 ) -> None:
     """Write a checkpoint so that `folder` holds either the old one or the new one, whole.
 
     Args:
         folder: its name; a folder that holds something else than a checkpoint is refused.
-        model: weights come from `model.save_pretrained(folder)` where there is one, else from its state dict.
+        model: writes itself by `save_pretrained(folder, state_dict=...)` where it has that.
         optimizer: its state is written by parameter name; None to leave it out.
         state: progress of the run, plain values.
         config: settings of the run, plain values.
         metadata: anything else that is plain, for example `{"vocabulary": [...]}`.
+        tensors: further tensors by name, by the name of their file, for example `{"random": {...}}`.
+        keep_previous: leave the checkpoint that this one replaces in `<folder>.previous`.
+        write: False in all but one of several processes, which only bring their parts of weights and
+            optimizer.
 
     Raises:
         CheckpointError: `folder` is a file, or a folder with other content.
@@ -152,6 +171,12 @@ def save(
     partial = _beside(folder, "partial")
     if folder.exists() and not (folder / STATE).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} holds something else than a checkpoint: name another folder")
+    weights = {name: whole(weight) for name, weight in model.state_dict().items()}
+    files, groups = dict(tensors or {}), None
+    if optimizer is not None:
+        files[OPTIMIZER], groups = _optimizer_parts(model, optimizer)
+    if not write:
+        return
     content = {
         "format": FORMAT,
         "nlpfast": getattr(nlpfast, "__version__", "unknown"),
@@ -159,12 +184,15 @@ def save(
         "state": dict(state),
         "config": dict(config),
         "metadata": dict(metadata or {}),
+        "files": sorted(files),
+        "optimizer": groups,
     }
     try:
         # what an earlier process left when it was killed
-        shutil.rmtree(partial, ignore_errors=True)
-        _write(partial, model, optimizer, content)
-        _take_place(partial, folder)
+        for litter in (partial, _beside(folder, "older")):
+            shutil.rmtree(litter, ignore_errors=True)
+        _write(partial, model, weights, files, content)
+        _take_place(partial, folder, keep_previous)
     except (OSError, SafetensorError) as error:
         kept = find_exact(folder)
         rest = f"the previous one is still good in {kept}" if kept else "no earlier one exists"
@@ -197,6 +225,21 @@ def find(folder: str | os.PathLike[str]) -> Path:
     raise CheckpointError(f"{folder} is not a checkpoint: no {STATE} in it, in best/ or in last/")
 
 
+def find_latest(folder: str | os.PathLike[str]) -> Path:
+    """Return the checkpoint from which a run goes on: `folder` itself, or the latest one in it.
+
+    Raises:
+        CheckpointError: there is none; the message says what was looked for.
+    """
+    folder = Path(folder).resolve()
+    for candidate in (folder, folder / "last"):
+        found = find_exact(candidate)
+        if found is not None:
+            return found
+    missing = "no such folder" if not folder.exists() else f"no {STATE} in it or in last/"
+    raise CheckpointError(f"{folder}: {missing}: name the folder that `nlpfast train` wrote")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -207,29 +250,38 @@ def _read_json(path: Path) -> dict[str, Any]:
     for key in ("state", "config", "metadata"):
         if not isinstance(content.get(key), dict):
             raise CheckpointError(f"{path}: {key} is missing or no object: use another checkpoint")
+    files = content.get("files")
+    if not isinstance(files, list) or not all(
+        isinstance(name, str) and name.isidentifier() for name in files
+    ):
+        raise CheckpointError(f"{path}: files is missing or no list of names: use another checkpoint")
     return content
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        # copies, as what load_file gives may be a view of the file
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): use another checkpoint") from error
 
 
 def _optimizer_content(
     folder: Path, groups: Any, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    path = folder / OPTIMIZER
+    path = folder / f"{OPTIMIZER}{ENDING}"
     names = _parameter_names(model, optimizer)
     if not isinstance(groups, list) or [group.get("params") for group in groups] != names:
         raise CheckpointError(f"{folder / STATE}: other optimizer groups: build it from the same model")
     flat = [name for group in names for name in group]
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): use another checkpoint") from error
-    for key, tensor in tensors.items():
+    for key, tensor in _read_tensors(path).items():
         slot, _, name = key.partition(".")
-        if name not in shapes or (tensor.ndim > 0 and tensor.shape != shapes[name]):
+        if name not in parameters or (tensor.ndim > 0 and tensor.shape != parameters[name].shape):
             raise CheckpointError(f"{path}: {key} {list(tensor.shape)} fits no parameter: take another")
-        # a copy, as what load_file gives may be a view of the file
-        state.setdefault(flat.index(name), {})[slot] = tensor.clone()
+        part = like(tensor, parameters[name]) if tensor.ndim > 0 else tensor
+        state.setdefault(flat.index(name), {})[slot] = part
     new_groups, start = [], 0
     for group in groups:
         indices = list(range(start, start + len(group["params"])))
@@ -247,7 +299,8 @@ def load(
     """Read a checkpoint into a model and an optimizer; everything is checked before anything changes.
 
     Args:
-        folder: a checkpoint, or a run's folder with `best` or `last` in it.
+        folder: a checkpoint, or a run's folder with `best` or `last` in it; a run that goes on wants what
+            `find_latest` returns.
         model: takes the weights; None to read only state and metadata.
         optimizer: takes its state; it has to have been built from `model`.
 
@@ -256,14 +309,17 @@ def load(
     """
     found = find(folder)
     content = _read_json(found / STATE)
+    extra = [name for name in content["files"] if name != OPTIMIZER]
+    files = {name: _read_tensors(found / f"{name}{ENDING}") for name in extra}
     if model is not None:
+        own = model.state_dict()
         try:
-            tensors = pretrained.read_weights(found)
-            pretrained.check_weights(found, model.state_dict(), tensors)
+            weights = pretrained.read_weights(found)
+            pretrained.check_weights(found, own, weights)
         except (OSError, ValueError) as error:
             raise CheckpointError(str(error)) from error
         if optimizer is not None:
             optimizer_state = _optimizer_content(found, content.get("optimizer"), model, optimizer)
             optimizer.load_state_dict(optimizer_state)
-        model.load_state_dict(tensors)
-    return Checkpoint(found, content["state"], content["config"], content["metadata"])
+        model.load_state_dict({name: like(weight, own[name]) for name, weight in weights.items()})
+    return Checkpoint(found, content["state"], content["config"], content["metadata"], files)

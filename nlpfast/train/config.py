@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 SCHEDULES = ("cosine", "constant", "mingpt")
 DTYPES = ("float32", "bfloat16", "float16")
 SAMPLINGS = ("shuffle", "replacement")
+STRATEGIES = ("ddp", "fsdp")
 
 
 class ConfigError(ValueError):
@@ -43,6 +44,7 @@ def option(
     most: float | None = None,
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
+    fixed: bool = False,
 ) -> Any:
     """Declare a dataclass field with its help text and the bounds that `check_options` holds it to.
 
@@ -55,9 +57,10 @@ def option(
         most: largest allowed value, itself included.
         choices: the allowed words.
         metavar: the placeholder that the help shows.
+        fixed: a run that is resumed cannot change it.
     """
     bounds = {"at least": least, "above": above, "below": below, "at most": most}
-    metadata = {"help": text, "choices": choices, "metavar": metavar, "bounds": bounds}
+    metadata = {"help": text, "choices": choices, "metavar": metavar, "bounds": bounds, "fixed": fixed}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -126,8 +129,8 @@ class TrainerConfig:
 
     max_steps: int | None = option(None, "optimizer steps (2000 when --max-epochs is not given)", least=1)
     max_epochs: int | None = option(None, "passes over the training data", least=1)
-    batch_size: int = option(12, "examples in a forward pass", least=1)
-    accumulation_steps: int = option(1, "forward passes in one optimizer step", least=1)
+    batch_size: int = option(12, "examples in a forward pass", least=1, fixed=True)
+    accumulation_steps: int = option(1, "forward passes in one optimizer step", least=1, fixed=True)
     learning_rate: float = option(2e-3, "peak learning rate of AdamW", above=0)
     betas: tuple[float, float] = option((0.9, 0.99), "decay rates of AdamW's two averages", least=0, below=1)
     weight_decay: float = option(0.1, "decoupled weight decay, on the weights of Linear layers", least=0)
@@ -137,13 +140,16 @@ class TrainerConfig:
     final_tokens: int | None = option(None, "tokens at the end of the cosine (those of the run)", least=1)
     dtype: str = option("float32", "precision of the forward pass, through autocast", choices=DTYPES)
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes CUDA where there is one")
-    seed: int = option(0, "seed of initial weights, data order and dropout", least=0, below=2**63)
-    sampling: str = option("shuffle", "order of the examples", choices=SAMPLINGS)
+    seed: int = option(0, "seed of initial weights, data order and dropout", least=0, below=2**63, fixed=True)
+    sampling: str = option("shuffle", "order of the examples", choices=SAMPLINGS, fixed=True)
     num_workers: int = option(0, "processes that load data", least=0)
     eval_every: int = option(250, "steps between evaluations, with a checkpoint each", least=1)
     eval_batches: int | None = option(None, "batches of an evaluation (all of them)", least=1)
     eval_batch_size: int | None = option(None, "examples in a batch of an evaluation (4 batches)", least=1)
+    save_every: int | None = option(None, "steps between checkpoints (those of the evaluations)", least=1)
     log_every: int = option(50, "steps between two lines of the log", least=1)
+    skip_nonfinite: int = option(0, "steps to leave out for a loss or gradient that is not finite", least=0)
+    strategy: str = option("ddp", "how several processes share the model", choices=STRATEGIES)
     tensorboard: bool = option(False, "also write TensorBoard events")
 
     def __post_init__(self) -> None:
@@ -165,14 +171,18 @@ class LanguageModelOptions:
     """
 
     text: str | None = option(None, "UTF-8 text to train on (embedded biographies)", metavar="FILE")
-    biographies: int = option(2000, "how many embedded biographies, without --text", least=1, most=5000)
+    biographies: int = option(
+        2000, "how many embedded biographies, without --text", least=1, most=5000, fixed=True
+    )
     output_dir: str = option("runs/lm", "folder for the log and the checkpoints", metavar="DIR")
     overwrite: bool = option(False, "replace the checkpoints of an earlier run in --output-dir")
-    n_layer: int = option(4, "blocks of the model", least=1)
-    n_head: int = option(4, "attention heads of a block", least=1)
-    n_embd: int = option(128, "width of the model", least=1)
-    block_size: int = option(64, "characters the model sees at once", least=1)
-    dropout: float = option(0.0, "dropout of embeddings, attention and residuals", least=0, most=1)
+    n_layer: int = option(4, "blocks of the model", least=1, fixed=True)
+    n_head: int = option(4, "attention heads of a block", least=1, fixed=True)
+    n_embd: int = option(128, "width of the model", least=1, fixed=True)
+    block_size: int = option(64, "characters the model sees at once", least=1, fixed=True)
+    dropout: float = option(
+        0.0, "dropout of embeddings, attention and residuals", least=0, most=1, fixed=True
+    )
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import sys
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.utils.data import Dataset, Subset
 
 from nlpfast.data.text import CharDataset, CharVocabulary, DataError, biography_text, read_text
 from nlpfast.models.gpt import GPT, GPTConfig
+from nlpfast.train import checkpoint
 from nlpfast.train.checkpoint import find_exact
 from nlpfast.train.config import ConfigError, LanguageModelOptions, TrainerConfig
 from nlpfast.train.device import resolve_device
+from nlpfast.train.distributed import joined, own_device
 from nlpfast.train.log import check_tensorboard
 from nlpfast.train.objective import loss_alone
+from nlpfast.train.resume import changed_options
 from nlpfast.train.trainer import Trainer, TrainState
 
 TRAINING_SHARE = 0.9
@@ -93,29 +98,60 @@ def check_output_dir(folder: Path, overwrite: bool) -> None:
 
 
 def train_language_model(
-    options: LanguageModelOptions, config: TrainerConfig, *, quiet: bool = False
+    options: LanguageModelOptions, config: TrainerConfig, *, resume: str | None = None, quiet: bool = False
 ) -> LanguageModelRun:
     """Train a GPT on characters and write `log.jsonl`, `last/` and `best/` to `options.output_dir`.
 
     Everything that can be wrong with options and text is found before anything is written. Seeds torch's
-    global generator with `config.seed`.
+    global generator with `config.seed`. Under torchrun each of its processes calls this, and they train one
+    model together.
 
     Args:
         options: text, model and folder.
         config: the training loop's settings.
+        resume: go on from the latest checkpoint in this folder, with the bits of a run that never stopped.
         quiet: print nothing; otherwise progress goes to stderr.
 
     Raises:
-        ConfigError: an option that cannot be served.
-        DataError: the text cannot be read or is too short.
+        ConfigError: an option that cannot be served, or that a run which is resumed cannot change.
+        DataError: the text cannot be read, is too short, or is not that of the run.
+        CheckpointError: there is nothing to resume, or it is damaged.
         TrainingError: the run cannot go on.
         OSError: a file cannot be written.
+        KeyboardInterrupt: after SIGINT, once the run is saved.
+        Terminated: after SIGTERM or SIGUSR1, once the run is saved.
     """
     folder = Path(options.output_dir)
-    check_output_dir(folder, options.overwrite)
-    device = resolve_device(config.device)
+    changes = []
+    if resume is None:
+        check_output_dir(folder, options.overwrite)
+    else:
+        saved = checkpoint.load(checkpoint.find_latest(resume)).metadata
+        changes = changed_options(options, saved.get("options", {}))
+    device = resolve_device(own_device(config.device))
     if config.tensorboard:
         check_tensorboard()
+    with joined(device) as processes:
+        trainer, words = _prepared(options, dataclasses.replace(config, device=str(device)), quiet)
+        if resume is not None:
+            if saved.get("digest") != trainer.metadata["digest"]:
+                source = trainer.metadata["text"]
+                raise DataError(f"{source}: is not the text that the run was trained on; give that one")
+            changes += trainer.resume(resume)
+        if not trainer.quiet:
+            for line in (words, *(f"changed: {change}" for change in changes)):
+                print(line, file=sys.stderr, flush=True)
+        if options.overwrite and resume is None and processes.rank == 0:
+            for name in CHECKPOINTS:
+                for ending in ("", ".previous", ".older", ".partial"):
+                    shutil.rmtree(folder / f"{name}{ending}", ignore_errors=True)
+        state = trainer.run()
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    return LanguageModelRun(cast(GPT, trainer.model), state, folder / "best", parameters)
+
+
+def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool) -> tuple[Trainer, str]:
+    """Return the trainer at the start of a run, and what there is to say of it."""
     if options.text is None:
         text, source = biography_text(options.biographies, config.seed), "embedded biographies"
     else:
@@ -135,26 +171,21 @@ def train_language_model(
         )
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    metadata = {"vocabulary": vocabulary.chars, "text": source, "options": dataclasses.asdict(options)}
+    metadata["digest"] = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     trainer = Trainer(
-        model,
-        train,
-        config,
+        *(model, train, config),
         loss_fn=loss_alone,
         validation=validation,
-        output_dir=folder,
-        metadata={"vocabulary": vocabulary.chars, "text": source},
+        output_dir=options.output_dir,
+        metadata=metadata,
         quiet=quiet,
     )
-    if not quiet:
-        print(
-            f"{source}: {len(text):,} characters, {len(vocabulary)} distinct; "
-            f"GPT of {parameters:,} parameters; {trainer.total_steps():,} steps on {device}, {config.dtype}",
-            file=sys.stderr,
-            flush=True,
-        )
-    if options.overwrite:
-        for name in CHECKPOINTS:
-            for stale in (folder / name, folder / f"{name}.previous"):
-                shutil.rmtree(stale, ignore_errors=True)
-    state = trainer.run()
-    return LanguageModelRun(model, state, folder / "best", parameters)
+    if trainer.processes.rank > 0:
+        # dropout differs between processes
+        torch.manual_seed((config.seed + trainer.processes.rank * 0x9E3779B97F4A7C15) % 2**63)
+    return trainer, (
+        f"{source}: {len(text):,} characters, {len(vocabulary)} distinct; "
+        f"GPT of {parameters:,} parameters; "
+        f"{trainer.total_steps():,} steps on {config.device}, {config.dtype}"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +25,7 @@ class RunLog:
 
     Args:
         folder: `log.jsonl` and TensorBoard's events go there; None for neither.
-        append: continue an existing `log.jsonl` instead of replacing it.
+        length: continue an existing `log.jsonl` after so many bytes; 0 replaces it.
         tensorboard: also write TensorBoard events.
         stream: where lines for people go, stderr for example; None for nowhere.
 
@@ -36,20 +37,17 @@ class RunLog:
         self,
         folder: Path | None,
         *,
-        append: bool = False,
+        length: int = 0,
         tensorboard: bool = False,
         stream: TextIO | None,
     ) -> None:
         """Open the files."""
         self._writer = _tensorboard_writer(folder) if tensorboard else None
         # closed by __exit__
-        self._file = (
-            open(  # noqa: SIM115
-                folder / "log.jsonl", "a" if append else "w", encoding="utf-8"
-            )
-            if folder
-            else None
-        )
+        self._file = open(folder / "log.jsonl", "ab") if folder else None  # noqa: SIM115
+        if self._file is not None:
+            # what a run wrote after the checkpoint from which it goes on comes again
+            self._file.truncate(min(length, self._file.tell()))
         self._stream = stream
         self._terminal = stream is not None and stream.isatty()
         self._drawn = 0
@@ -76,7 +74,7 @@ class RunLog:
             total_steps: the last step, or None when it is not known.
         """
         if self._file is not None:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
         if self._writer is not None:
             for name, value in record.items():
@@ -85,6 +83,14 @@ class RunLog:
         # the bar already shows the loss; on a terminal only evaluations stay
         if not self._terminal or "val_loss" in record:
             self.say(_line(record, total_steps))
+
+    def sync(self) -> int:
+        """Wait until the file is on the disk, and return its length; 0 without one."""
+        if self._file is None:
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def say(self, line: str) -> None:
         """Print a line for people."""
@@ -126,6 +132,8 @@ def _line(record: dict[str, Any], total_steps: int | None) -> str:
         parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if record.get("skipped_steps"):
         parts.append(f"{record['skipped_steps']} steps skipped by the loss scaler")
+    if record.get("nonfinite_steps"):
+        parts.append(f"{record['nonfinite_steps']} steps left out")
     if record.get("empty_batches"):
         parts.append(f"{record['empty_batches']} batches without a counted target")
     return "  ".join(parts)
@@ -179,6 +187,19 @@ class Meter:
         self.loss += loss * tokens
         self.tokens += tokens
         self.latest, self.norm = loss, norm
+
+    def state(self) -> list[float]:
+        """Return what `restore` takes."""
+        return [self.loss, self.tokens, self.latest, self.norm]
+
+    def restore(self, state: list[float]) -> None:
+        """Go on from what `state` returned.
+
+        Raises:
+            ValueError: there are more values or fewer.
+        """
+        self.loss, tokens, self.latest, self.norm = state
+        self.tokens = int(tokens)
 
     def record(self, learning_rate: float, seconds: float) -> dict[str, Any]:
         """Return the entries of a record: mean loss per token, rates, and the time.

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nlpfast.train.distributed import Processes
+from nlpfast.train.feed import Batch
+
 
 def model_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """Return the loss of a model that is called as `model(*batch)` and returns `(logits, loss)`.
@@ -42,9 +45,9 @@ def count_targets(batch: Sequence[Tensor]) -> int:
 
 def mean_loss(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     loss_of: Callable[[Any], Tensor],
-    count_of: Callable[[Any], int],
+    processes: Processes,
 ) -> tuple[float, int]:
     """Return the mean loss over all targets that count, and their number, with the model in evaluation mode.
 
@@ -52,9 +55,9 @@ def mean_loss(
 
     Args:
         model: is put into evaluation mode.
-        batches: of any kind.
-        loss_of: mean loss of a batch, a scalar tensor.
-        count_of: how many targets of a batch count.
+        batches: this process's parts; as many in each process.
+        loss_of: mean loss of a batch's data, a scalar tensor.
+        processes: who shares the data.
     """
     total: float | Tensor = 0.0
     targets = 0
@@ -63,11 +66,13 @@ def mean_loss(
     try:
         with torch.no_grad():
             for batch in batches:
-                count = count_of(batch)
-                # the mean over no target is NaN, and would stay so with weight 0
-                if count:
-                    total = total + loss_of(batch).double() * count
-                    targets += count
+                # the mean over no target is NaN, and stays so with weight 0; processes compute together
+                if batch.count or processes.world_size > 1:
+                    loss = loss_of(batch.data).double()
+                if batch.count:
+                    total = total + loss * batch.count
+                    targets += batch.count
     finally:
         model.train(was_training)
-    return (float(total) / targets if targets else float("nan")), targets
+    loss_sum, count = processes.sum([float(total), targets])
+    return (loss_sum / count if count else float("nan")), int(count)

@@ -1,6 +1,7 @@
-"""The order in which examples are seen: seeded, cheap, apart from torch's global generator, and from any place on.
+"""The order in which examples are seen: seeded, cheap, apart from torch's generator, from any place on.
 
-Several processes share one order: a batch of theirs is that of one process with as many examples, cut in parts.
+Several processes share one order: a batch of theirs is that of one process with as many examples, cut in
+parts.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ ROUNDS = 8
 class BatchOrder(Sampler[list[int]]):
     """Give the batches of an epoch as lists of indices; the same seed and epoch give the same batches.
 
-    Memory is one int64 tensor of `size` numbers with "shuffle" up to 2^24 examples, and a single batch elsewhere.
+    Memory is one int64 tensor of `size` numbers with "shuffle" up to 2^24 examples, and a single batch
+    elsewhere.
 
     Attributes:
         epoch: which one the next iteration gives.
         start: the batch that it begins with; 0 again afterwards.
-        given: of the batches that an iteration gave and nobody took from here: the indices, and whether they are
-            a part of their batch. A process whose part is empty gets an example in its stead that must not count.
+        given: of the batches that an iteration gave and nobody took from here: the indices, and whether they
+            are a part of their batch. A process whose part is empty gets an example in its stead that must
+            not count.
 
     Args:
         size: number of examples.
         batch_size: examples in a process's part of a batch; the last batch of an epoch may be smaller.
         seed: of the order.
-        sampling: "shuffle" (each example once an epoch), "replacement" (independent draws, as minGPT does since
-            2023) or "sequential".
+        sampling: "shuffle" (each example once an epoch), "replacement" (independent draws, as in minGPT
+            since 2023) or "sequential".
         rank: number of this process.
         world_size: number of processes.
 

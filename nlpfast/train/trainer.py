@@ -2,7 +2,12 @@
 
 A task is a model, a data set and two functions: `loss_fn(model, batch)`, the mean loss over the targets that
 count, and `count_fn(batch)`, how many count. With counts n_i and losses l_i of the batches of one optimizer
-step its loss is sum(n_i * l_i) / sum(n_i): that of one big batch, however unequal the counts.
+step, of all processes, its loss is sum(n_i * l_i) / sum(n_i): that of one big batch, however unequal the
+counts.
+
+A run that is resumed goes on where its checkpoint was made, in the middle of a step if need be, and ends with
+the bits of one that was never stopped. What it needs for that is in `TrainState`, in the random state, and in
+the gradients of a step that is not complete.
 """
 
 from __future__ import annotations
@@ -15,73 +20,42 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from nlpfast.train import checkpoint
-from nlpfast.train.config import TrainerConfig
-from nlpfast.train.device import resolve_device, to_device
-from nlpfast.train.log import Meter, RunLog, check_tensorboard
+from nlpfast.stop import StopSignals
+from nlpfast.train import checkpoint, snapshot
+from nlpfast.train.config import ConfigError, TrainerConfig
+from nlpfast.train.device import resolve_device
+from nlpfast.train.distributed import Processes
+from nlpfast.train.feed import Batch, Feed
+from nlpfast.train.log import RunLog, check_tensorboard
 from nlpfast.train.objective import count_targets, mean_loss, model_loss
-from nlpfast.train.sampling import BatchOrder
-from nlpfast.train.schedule import learning_rate_multiplier
+from nlpfast.train.progress import RECORDED, TrainState
+from nlpfast.train.random_state import random_state, random_state_kept, set_random_state
+from nlpfast.train.snapshot import RandomStates
+from nlpfast.train.step import OptimizerStep, Stopping, TrainingError
 
-# a loss scaler that still finds overflow after this many halvings in a row hides a divergence
-MOST_SKIPPED_IN_A_ROW = 50
-RECORDED = ("step", "epoch", "tokens", "skipped_steps", "empty_batches")
-
-
-class TrainingError(RuntimeError):
-    """Report that a run cannot go on; the message names the step, the value and the fix."""
-
-
-@dataclasses.dataclass
-class TrainState:
-    """All that a run knows about its progress, beside weights and optimizer; plain values only.
-
-    Attributes:
-        step: optimizer steps done.
-        epoch: passes over the data that are complete.
-        batch: batches of the current pass that are done.
-        tokens: targets that counted in the loss so far.
-        warmup_tokens: where the warm-up ends.
-        final_tokens: where the learning rate ends; 0 until the first step has been counted.
-        best_loss: lowest validation loss so far.
-        val_loss: latest validation loss.
-        skipped_steps: steps that the loss scaler left out because of an overflow.
-        empty_batches: batches without any target that counts.
-        seconds: time spent, evaluation and saving included.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    tokens: int = 0
-    warmup_tokens: int = 0
-    final_tokens: int = 0
-    best_loss: float | None = None
-    val_loss: float | None = None
-    skipped_steps: int = 0
-    empty_batches: int = 0
-    seconds: float = 0.0
+__all__ = ["TrainState", "Trainer", "TrainingError"]
 
 
 class Trainer:
     """Train a model; `run()` does it all.
 
     Torch's global generator is used by dropout alone and is never seeded here: call `torch.manual_seed` first
-    for a run that can be repeated.
+    for a run that can be repeated. Where torch.distributed is initialised, the model is shared with the other
+    processes, each of which gets its part of every batch.
 
     Args:
         model: any module; `configure_optimizers(config)` is used if it has one, else AdamW on all parameters.
-        train_dataset: a data set with a length.
+        train_dataset: a data set with a length; its `source(index)`, if it has one, names examples in
+            messages.
         config: the settings.
         validation: a data set that is evaluated every `eval_every` steps and at the end; decides which
             checkpoint is the best.
-        output_dir: gets `log.jsonl`, `last/` and `best/`; None writes no file.
+        output_dir: gets `log.jsonl`, `last/`, `last.previous/` and `best/`; None writes no file.
         loss_fn: `(model, batch) -> mean loss`, a scalar tensor.
         count_fn: `batch -> number of targets that count`; it gets the batch on the CPU.
         collate_fn: makes a batch from a list of examples; torch's default when None.
@@ -107,57 +81,116 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         """Move the model to its device and build optimizer and data order; nothing is written yet."""
-        self.device = resolve_device(config.device)
+        self.device, self.processes = resolve_device(config.device), Processes()
         if config.tensorboard:
             check_tensorboard()
-        self.model, self.config, self.validation = model.to(self.device), config, validation
-        self.loss_fn, self.count_fn, self.collate_fn = loss_fn, count_fn, collate_fn
+        if config.strategy == "fsdp" and config.dtype == "float16":
+            raise ConfigError("strategy", "fsdp", "its parts have no loss scaler, use bfloat16 or float32")
+        self.model, self.config = model.to(self.device), config
+        self.count_fn, self.collate_fn = count_fn, collate_fn
         self.output_dir = Path(output_dir) if output_dir is not None else None
-        self.metadata, self.quiet = dict(metadata or {}), quiet
-        self.state = TrainState()
-        self.optimizer = self._build_optimizer()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
-        size = len(train_dataset)  # type: ignore[arg-type]
-        self.order = BatchOrder(size, config.batch_size, config.seed, config.sampling)
-        self._loader = self._build_loader(train_dataset, batch_sampler=self.order)
-        self._skipped_in_a_row = 0
-        self._evaluated_step = 0
+        self.metadata, self.quiet = dict(metadata or {}), quiet or self.processes.rank > 0
+        self.feed = self._build_feed(train_dataset, config.sampling, config.batch_size)
+        self.validation = validation
+        if validation is not None:
+            size = config.eval_batch_size or 4 * config.batch_size
+            self._validation_feed = self._build_feed(validation, "sequential", size)
+        self.steps = OptimizerStep(
+            *(self.model, config, self.device, self.processes, loss_fn),
+            sources=self.feed.sources,
+            say=self._say,
+            planned_steps=self.total_steps(),
+        )
+        self.state, self.meter, self.optimizer = self.steps.state, self.steps.meter, self.steps.optimizer
+        self._random = RandomStates()
+        self._saved: tuple[int, bool, int] | None = None
+        self._stop = StopSignals(raise_at_once=False)
+        self._log: RunLog | None = None
         self._clock = time.monotonic()
+
+    def resume(self, folder: str | Path) -> list[str]:
+        """Go on from a checkpoint of a run with the same model and data; `run` then continues it.
+
+        Args:
+            folder: the run's, or a checkpoint.
+
+        Returns:
+            What is different from the run's options, as `name: before -> now`.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of something else.
+            ConfigError: an option that a run cannot change is different.
+        """
+        self._random, changes = snapshot.put_back(checkpoint.find_latest(folder), self.steps)
+        self.state = self.steps.state
+        return changes
 
     def run(self) -> TrainState:
         """Train until `max_steps` or `max_epochs`, evaluate, save, and return the final state.
 
+        On SIGINT, SIGTERM or SIGUSR1 the step or evaluation at hand is left, `last` is saved, and the
+        exception of the signal is raised; a second signal ends the process at once.
+
         Raises:
             TrainingError: a loss or gradient is not finite (that step is not taken), or no target counts.
             OSError: a file cannot be written.
+            KeyboardInterrupt: after SIGINT.
+            Terminated: after SIGTERM or SIGUSR1.
         """
-        if self.output_dir is not None:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+        folder = self.output_dir if self.processes.rank == 0 else None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         self._clock = time.monotonic() - self.state.seconds
-        append, stream = self.state.step > 0, None if self.quiet else sys.stderr
-        tensorboard = self.config.tensorboard
-        with RunLog(self.output_dir, append=append, tensorboard=tensorboard, stream=stream) as log:
-            meter = Meter()
-            while not self._finished():
-                before = self.state.step
-                for batches in self._steps_of_epoch():
-                    self._one_step(batches, meter)
-                    self._after_step(log, meter)
-                    if self._finished():
-                        break
-                else:
-                    self.state.epoch += 1
-                    self.state.batch = 0
-                if self.state.step == before:
-                    raise TrainingError(
-                        f"epoch {self.state.epoch}: no target counts in the loss: check the data"
-                    )
-            if self._evaluated_step != self.state.step:
-                self._after_step(log, meter, final=True)
+        stream, length = None if self.quiet else sys.stderr, self.state.log_bytes
+        log = RunLog(folder, length=length, tensorboard=self.config.tensorboard, stream=stream)
+        with self._stop, log as self._log:
+            try:
+                self._run()
+            except Stopping:
+                self._leave()
         return self.state
+
+    def _run(self) -> None:
+        if self._random:
+            set_random_state(self._random["window" if self.state.window else "now"])
+        if self.state.due:
+            self._after_step()
+            self._pause()
+        while not self._finished():
+            self._train_epoch()
+        if self.state.evaluated_step != self.state.step:
+            self._after_step(final=True)
+
+    def _train_epoch(self) -> None:
+        """Take the steps of the rest of the current epoch."""
+        state = self.state
+        start, before = state.batch, state.step
+        groups = self.feed.groups(state.epoch, start, self.config.accumulation_steps)
+        with contextlib.closing(groups):  # type: ignore[type-var]
+            while True:
+                # of before the batches were loaded, which a data set may draw random numbers for
+                window = random_state()
+                group = next(groups, None)
+                if group is None:
+                    break
+                if state.window:
+                    window = self._random["window"]
+                    set_random_state(self._random["now"])
+                self._random = {"window": window}
+                if self._one_step(group):
+                    self._after_step()
+                    self._pause()
+                if self._finished():
+                    return
+        if state.step == before and start == 0:
+            raise TrainingError(f"epoch {state.epoch}: no target counts in the loss: check the data")
+        state.epoch += 1
+        state.batch = 0
 
     def evaluate(self) -> float:
         """Return the mean loss over the counted targets of the validation data, in evaluation mode.
+
+        Random numbers that are drawn meanwhile do not change the run.
 
         Raises:
             ValueError: there is no validation data.
@@ -165,10 +198,17 @@ class Trainer:
         """
         if self.validation is None:
             raise ValueError("validation=None: give the trainer validation data to evaluate on")
-        size = self.config.eval_batch_size or 4 * self.config.batch_size
-        loader = self._build_loader(self.validation, batch_size=size)
-        batches = itertools.islice(loader, self.config.eval_batches)
-        loss, tokens = mean_loss(self.model, batches, self._loss, self.count_fn)
+        feed = self._validation_feed
+
+        def batches() -> Iterator[Batch]:
+            for batch in itertools.islice(feed.batches(), self.config.eval_batches):
+                self._pause()
+                yield batch
+
+        with random_state_kept():
+            loss, tokens = mean_loss(
+                self.model, batches(), lambda batch: self.steps.loss(self.model, batch), self.processes
+            )
         if not math.isfinite(loss):
             raise TrainingError(
                 f"step {self.state.step}: the validation loss is {loss} over {tokens} tokens: check the data"
@@ -184,32 +224,44 @@ class Trainer:
         if self.output_dir is None:
             return
         self.state.seconds = time.monotonic() - self._clock
-        state = {**dataclasses.asdict(self.state), "scaler": self.scaler.state_dict()}
-        config = dataclasses.asdict(self.config)
-        folder = self.output_dir / name
-        checkpoint.save(folder, self.model, self.optimizer, state, config, metadata=self.metadata)
+        if self._log is not None:
+            self.state.log_bytes = self._log.sync()
+        state, tensors = snapshot.take(self.steps, self._random)
+        checkpoint.save(
+            *(self.output_dir / name, self.model, self.optimizer, state, dataclasses.asdict(self.config)),
+            metadata=self.metadata,
+            tensors=tensors,
+            keep_previous=name == "last",
+            write=self.processes.rank == 0,
+        )
+        if name == "last":
+            self._saved = (self.state.step, self.state.due, len(self.state.window))
 
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        if hasattr(self.model, "configure_optimizers"):
-            optimizer: torch.optim.Optimizer = cast(Any, self.model).configure_optimizers(config)
-        else:
-            optimizer = torch.optim.AdamW(
-                self.model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay
-            )
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-        return optimizer
+    def _stopping(self) -> bool:
+        return self.processes.any(self._stop.received is not None)
 
-    def _build_loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            num_workers=self.config.num_workers,
+    def _pause(self) -> None:
+        """Leave the loop here if a signal asks for it, or one that another process got."""
+        if self._stopping():
+            raise Stopping
+
+    def _leave(self) -> None:
+        """Save, unless this very state is saved already, and raise the exception of the signal."""
+        if self._saved != (self.state.step, self.state.due, len(self.state.window)):
+            self.save("last")
+        received = self.processes.gather(self._stop.received)
+        self._stop.received = next(number for number in received if number is not None)
+        if self.output_dir is not None:
+            self._say(f"stopped after step {self.state.step}: --resume {self.output_dir} goes on from there")
+        self._stop.check()
+
+    def _build_feed(self, dataset: Dataset[Any], sampling: str, batch_size: int) -> Feed:
+        return Feed(
+            *(dataset, self.config, sampling, batch_size),
+            count_fn=self.count_fn,
             collate_fn=self.collate_fn,
-            pin_memory=self.device.type == "cuda",
-            # torch's global generator is left to dropout, or the data order would change its numbers
-            generator=torch.Generator().manual_seed(self.config.seed),
-            **options,
+            processes=self.processes,
+            pinned=self.device.type == "cuda",
         )
 
     def _finished(self) -> bool:
@@ -223,105 +275,37 @@ class Trainer:
         steps, epochs = self.config.max_steps, self.config.max_epochs
         if epochs is None:
             return steps
-        of_epochs = epochs * -(-len(self.order) // self.config.accumulation_steps)
+        of_epochs = epochs * -(-len(self.feed) // self.config.accumulation_steps)
         return of_epochs if steps is None else min(steps, of_epochs)
 
-    def _steps_of_epoch(self) -> Iterator[list[tuple[Any, int]]]:
-        """Yield the batches of each optimizer step, with their counts."""
-        self.order.epoch = self.state.epoch
-        batches = iter(self._loader)
-        while group := list(itertools.islice(batches, self.config.accumulation_steps)):
-            counted = [(batch, self.count_fn(batch)) for batch in group]
-            self.state.batch += len(group)
-            self.state.empty_batches += sum(count == 0 for _, count in counted)
-            # the mean loss of a batch without targets is NaN, and would stay so with weight 0
-            counted = [(batch, count) for batch, count in counted if count]
-            if counted:
-                yield counted
+    def _one_step(self, group: list[Batch]) -> bool:
+        return self.steps.take(group, self._stopping)
 
-    def _loss(self, batch: Any) -> Tensor:
-        dtype = getattr(torch, self.config.dtype)
-        with torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext():
-            return self.loss_fn(self.model, to_device(batch, self.device))
+    def _say(self, line: str) -> None:
+        if self._log is not None:
+            self._log.say(line)
 
-    def _one_step(self, batches: list[tuple[Any, int]], meter: Meter) -> None:
-        """Take one optimizer step over batches that are weighted by their counts."""
-        tokens = sum(count for _, count in batches)
-        self._set_learning_rate(tokens)
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for batch, count in batches:
-            loss = self._loss(batch) * (count / tokens)
-            self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
-        value = float(torch.stack(losses).sum())
-        if not math.isfinite(value):
-            raise self._not_finite("loss", value)
-        self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        total_norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
-        if self.config.grad_norm_clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.grad_norm_clip, total_norm)
-        norm = float(total_norm)
-        if not math.isfinite(norm) and not self.scaler.is_enabled():
-            raise self._not_finite("gradient norm", norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if math.isfinite(norm):
-            self._skipped_in_a_row = 0
-        else:
-            self._count_skipped()
-        self.state.step += 1
-        meter.add(value, tokens, norm)
-
-    def _set_learning_rate(self, tokens: int) -> None:
-        state, config = self.state, self.config
-        state.tokens += tokens
-        if not state.final_tokens:
-            planned = tokens * (self.total_steps() or 1)
-            state.final_tokens = config.final_tokens or planned
-            share = round(0.05 * state.final_tokens)
-            state.warmup_tokens = share if config.warmup_tokens is None else config.warmup_tokens
-        factor = learning_rate_multiplier(
-            state.tokens, state.warmup_tokens, state.final_tokens, config.schedule
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-
-    def _not_finite(self, what: str, value: float) -> TrainingError:
-        return TrainingError(
-            f"step {self.state.step + 1}: the {what} is {value}, so the step was not taken: "
-            f"lower learning_rate ({self.config.learning_rate:g}) or check the data"
-        )
-
-    def _count_skipped(self) -> None:
-        self.state.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"step {self.state.step + 1}: gradients overflow float16 in {self._skipped_in_a_row} "
-                "steps in a row, at any loss scale: use dtype bfloat16 or float32, or lower learning_rate"
-            )
-
-    def _after_step(self, log: RunLog, meter: Meter, final: bool = False) -> None:
+    def _after_step(self, final: bool = False) -> None:
         """Log, evaluate and save where it is due."""
-        state, config = self.state, self.config
+        state, config, log = self.state, self.config, self._log
+        assert log is not None
         evaluating = final or state.step == self.total_steps() or state.step % config.eval_every == 0
-        if not evaluating and state.step > 1 and state.step % config.log_every:
-            log.progress(state.step, self.total_steps(), meter.latest)
-            return
-        record = {key: getattr(state, key) for key in RECORDED}
-        record |= meter.record(self.optimizer.param_groups[0]["lr"], time.monotonic() - self._clock)
-        if evaluating and self.validation is not None:
-            state.val_loss = record["val_loss"] = self.evaluate()
-            record["best"] = state.best_loss is None or state.val_loss < state.best_loss
-            if record["best"]:
-                state.best_loss = state.val_loss
-        log.record(record, self.total_steps())
-        if record.get("best"):
+        saving = evaluating or (config.save_every is not None and state.step % config.save_every == 0)
+        best = False
+        if evaluating or state.step == 1 or state.step % config.log_every == 0:
+            record = {key: getattr(state, key) for key in RECORDED}
+            record |= self.meter.record(self.optimizer.param_groups[0]["lr"], time.monotonic() - self._clock)
+            if evaluating and self.validation is not None:
+                state.val_loss = record["val_loss"] = self.evaluate()
+                record["best"] = best = state.best_loss is None or state.val_loss < state.best_loss
+                state.best_loss = state.val_loss if best else state.best_loss
+            log.record(record, self.total_steps())
+            self.meter.restart()
+        else:
+            log.progress(state.step, self.total_steps(), self.meter.latest)
+        state.due = False
+        state.evaluated_step = state.step if evaluating else state.evaluated_step
+        if best:
             self.save("best")
-        if evaluating:
-            self._evaluated_step = state.step
+        if saving:
             self.save("last")
-        meter.restart()

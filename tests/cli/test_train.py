@@ -47,7 +47,7 @@ def test_training_prints_results_on_stdout_and_progress_on_stderr(tmp_path, caps
     lines = err.splitlines()
     assert lines[0].endswith("20 steps on cpu, float32")
     assert len(lines) == 1 + len(records)
-    assert sorted(path.name for path in run.iterdir()) == ["best", "last", "log.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == ["best", "last", "last.previous", "log.jsonl"]
 
 
 def test_options_reach_model_and_loop(tmp_path, capsys):
@@ -111,7 +111,7 @@ def test_an_interrupt_ends_with_130_and_keeps_the_checkpoint(tmp_path, monkeypat
     def interrupted(trainer, *args):
         if trainer.state.step == 3:
             raise KeyboardInterrupt
-        one_step(trainer, *args)
+        return one_step(trainer, *args)
 
     monkeypatch.setattr(Trainer, "_one_step", interrupted)
     argv = ["train", "lm", "--biographies", "40", "--output-dir", str(tmp_path), *SMALL]

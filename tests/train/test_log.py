@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 
@@ -76,14 +77,30 @@ def test_nothing_is_said_without_a_stream():
         log.say("x")
 
 
-@pytest.mark.parametrize(("append", "count"), [(False, 1), (True, 2)])
-def test_json_lines_are_replaced_or_continued(append, count, tmp_path):
-    for options in ({}, {"append": append}):
-        with RunLog(tmp_path, stream=None, **options) as log:
-            log.record(RECORD, 10)
+def test_json_lines_are_replaced_or_continued_after_the_bytes_that_count(tmp_path):
+    lengths = []
+    for step in (1, 2, 3):
+        with RunLog(tmp_path, stream=None, length=lengths[0] if lengths else 0) as log:
+            log.record({**RECORD, "step": step}, 10)
             # each record is on disk at once
-            assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1]) == RECORD
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == count
+            assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == step
+            lengths.append(log.sync())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 3], "the second record came after the checkpoint from which the third run went on"
+    assert lengths[1] == lengths[2] == (tmp_path / "log.jsonl").stat().st_size
+    with RunLog(tmp_path, stream=None) as log:
+        log.record(RECORD, 10)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_what_is_not_a_number_is_recorded_as_such(tmp_path):
+    meter = Meter()
+    meter.add(1.0, 5, 1.0)
+    meter.add(math.nan, 5, math.nan)
+    meter.add(1.0, 5, 1.0)
+    with RunLog(tmp_path, stream=None) as log:
+        log.record({"step": 3, **meter.record(0.1, 1.0)}, None)
+    assert math.isnan(json.loads((tmp_path / "log.jsonl").read_text())["loss"])
 
 
 def test_tensorboard_gets_the_scalars(tmp_path):

@@ -18,7 +18,9 @@ def test_accumulation_equals_one_big_batch_with_unequal_token_counts(steps, tmp_
     big = train(Bigram(), data, config(batch_size=12, max_steps=steps), output_dir=tmp_path / "big")
     settings = config(batch_size=4, accumulation_steps=3, max_steps=steps)
     small = train(Bigram(), data, settings, output_dir=tmp_path / "small")
-    assert len({data.counts[part].sum().item() for part in list(small.order)[:3]}) > 1, "counts must differ"
+    assert len({data.counts[part].sum().item() for part in list(small.feed.order)[:3]}) > 1, (
+        "counts must differ"
+    )
     torch.testing.assert_close(small.model.table, big.model.table, rtol=1e-12, atol=1e-14)
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
@@ -88,7 +90,7 @@ def test_clipping_comes_after_unscaling(monkeypatch):
 
     monkeypatch.setattr(nn.utils, "clip_grads_with_norm_", recording_clip)
     trainer = Trainer(Bigram(), Sentences(8), config(grad_norm_clip=0.01, accumulation_steps=2), quiet=True)
-    trainer.scaler = RecordingScaler(calls)
+    trainer.steps.scaler = RecordingScaler(calls)
     trainer.run()
     assert calls == ["scale", "scale", "unscale", "clip", "step", "update"]
     # the gradient's norm is the limit; clipped before unscaling it would be 1/1024 of it
@@ -103,14 +105,14 @@ def test_float16_skips_steps_that_overflow_and_says_so():
     settings = config(dtype="float16", max_steps=12, learning_rate=1e-12, grad_norm_clip=None)
     trainer = Trainer(Bigram(torch.float32), Sentences(8), settings, loss_fn=huge, quiet=True)
     # so large that only the scaled gradient overflows, and a few halvings help
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    trainer.steps.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
     trainer.run()
     assert 0 < trainer.state.skipped_steps < 12
     assert bool(trainer.model.table.isfinite().all())
 
 
 def test_float16_gives_up_when_every_step_overflows(monkeypatch):
-    monkeypatch.setattr("nlpfast.train.trainer.MOST_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("nlpfast.train.step.MOST_SKIPPED_IN_A_ROW", 3)
 
     def infinite_gradient(model, batch):
         return (model.table * 0).sum().sqrt()
@@ -171,7 +173,7 @@ def test_gradients_of_earlier_steps_are_forgotten():
     trainer = train(Bigram(), data, config(max_steps=2, grad_norm_clip=None))
     model = Bigram()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for part in trainer.order:
+    for part in trainer.feed.order:
         model.table.grad = None
         model(*torch.utils.data.default_collate([data[i] for i in part]))[1].backward()
         optimizer.step()
@@ -179,7 +181,7 @@ def test_gradients_of_earlier_steps_are_forgotten():
 
 
 def test_overflow_now_and_then_is_no_reason_to_give_up(monkeypatch):
-    monkeypatch.setattr("nlpfast.train.trainer.MOST_SKIPPED_IN_A_ROW", 2)
+    monkeypatch.setattr("nlpfast.train.step.MOST_SKIPPED_IN_A_ROW", 2)
 
     def loss(model, batch):
         loss.calls += 1

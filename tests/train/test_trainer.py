@@ -42,7 +42,7 @@ def test_learning_rate_follows_the_tokens_that_count(tmp_path):
     trainer = train(Bigram(), data, settings, output_dir=tmp_path)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     tokens, rates = 0, []
-    for part in trainer.order:
+    for part in trainer.feed.order:
         tokens += int(data.counts[part].sum())
         progress = min(1.0, (tokens - 60) / 90)
         factor = tokens / 60 if tokens < 60 else max(0.1, 0.5 * (1 + math.cos(math.pi * progress)))
@@ -119,7 +119,12 @@ def test_log_and_checkpoints_of_a_run(tmp_path, capsys):
     assert records[-1]["val_loss"] == state.val_loss
     best = min(record["val_loss"] for record in records if "val_loss" in record)
     assert state.best_loss == best
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "last", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "best",
+        "last",
+        "last.previous",
+        "log.jsonl",
+    ]
     saved = checkpoint.load(tmp_path / "run" / "last")
     assert saved.state["step"] == 7
     assert saved.metadata["vocabulary"] == list("abcdefg")
