@@ -130,5 +130,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Processes()
+        # nobody takes the connections down while another still uses them
+        dist.barrier()
     finally:
         dist.destroy_process_group()

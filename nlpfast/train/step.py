@@ -72,8 +72,6 @@ class OptimizerStep:
         self.optimizer = self._build_optimizer()
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.state, self.meter = TrainState(), Meter()
-        # an example that stands in where a process's part of a batch has nothing that counts
-        self._substitute: Batch | None = None
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -109,16 +107,20 @@ class OptimizerStep:
             Stopping: in the middle of the step.
         """
         state = self.state
-        # of all processes: who has nothing in a batch that counts for others takes part all the same
-        counts = [int(count) for count in self.processes.sum([batch.count for batch in group])]
-        tokens = sum(counts)
+        # of all processes, by batch: who has nothing in one that counts for others takes part all the same
+        counts = list(zip(*self.processes.gather([batch.count for batch in group]), strict=True))
+        tokens = sum(map(sum, counts))
         if tokens:
-            self._accumulate([batch for batch, n in zip(group, counts, strict=True) if n], tokens, stopping)
+            counted = [(batch, min(n) == 0) for batch, n in zip(group, counts, strict=True) if any(n)]
+            self._accumulate(counted, tokens, stopping)
         state.batch += len(group)
-        state.empty_batches += counts.count(0)
+        state.empty_batches += sum(not any(n) for n in counts)
         return tokens > 0
 
-    def _accumulate(self, batches: list[Batch], tokens: int, stopping: Callable[[], bool]) -> None:
+    def _accumulate(
+        self, batches: list[tuple[Batch, bool]], tokens: int, stopping: Callable[[], bool]
+    ) -> None:
+        """Add up the gradients of batches, each with whether somebody's part of it is empty, and step."""
         state, world = self.state, self.processes.world_size
         self._shared.train()
         if not state.window:
@@ -127,7 +129,7 @@ class OptimizerStep:
         for number in range(len(losses), len(batches)):
             last = number == len(batches) - 1
             with self._in_this_process_alone() if not last else contextlib.nullcontext():
-                loss = self._weighted(batches[number], tokens)
+                loss = self._weighted(*batches[number], tokens)
                 # PyTorch takes the mean over processes
                 self.scaler.scale(loss * world if world > 1 else loss).backward()
             losses.append(loss.detach().double())
@@ -136,7 +138,7 @@ class OptimizerStep:
                 state.window = torch.stack(losses).tolist()
                 raise Stopping
         state.window = []
-        self._step(batches, torch.stack(losses).tolist(), tokens)
+        self._step([batch for batch, _ in batches], torch.stack(losses).tolist(), tokens)
 
     def _in_this_process_alone(self) -> contextlib.AbstractContextManager[None]:
         """Leave gradients where they are, for a later batch of the same step to bring them to the others."""
@@ -146,16 +148,16 @@ class OptimizerStep:
         )
         return alone
 
-    def _weighted(self, batch: Batch, tokens: int) -> Tensor:
-        if batch.count:
-            self._substitute = batch
-            return self.loss(self._shared, batch.data) * (batch.count / tokens)
-        if self._substitute is None:
-            raise TrainingError(
-                f"step {self.state.step + 1}: process {self.processes.rank} has no target that counts "
-                "in its part of the first batch: give a larger batch_size"
-            )
-        return self.loss(self._shared, self._substitute.data) * 0.0
+    def _weighted(self, batch: Batch, with_empty_parts: bool, tokens: int) -> Tensor:
+        """Return the loss of a batch times its share of the step's targets.
+
+        A process in whose part nothing counts computes with another's: the mean over nothing is NaN.
+        """
+        data = batch.data
+        if with_empty_parts:
+            others = self.processes.gather(data if batch.count else None)
+            data = data if batch.count else next(other for other in others if other is not None)
+        return self.loss(self._shared, data) * (batch.count / tokens)
 
     def _step(self, batches: list[Batch], losses: list[float], tokens: int) -> None:
         """Clip and step with the gradients that are there."""

@@ -1,0 +1,139 @@
+"""Several processes: the run of one, all stopping together, resume, and one that dies."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from together import Loss, trainer
+
+from nlpfast.cli import main
+from nlpfast.train import checkpoint
+
+HERE = Path(__file__).parent
+TIMES = ("time", "tokens_per_second")
+CLI = [
+    *(
+        "train",
+        "lm",
+        "--biographies",
+        "20",
+        "--n-layer",
+        "1",
+        "--n-embd",
+        "16",
+        "--n-head",
+        "2",
+        "--seed",
+        "1",
+    ),
+    *(
+        "--block-size",
+        "8",
+        "--max-steps",
+        "9",
+        "--eval-every",
+        "4",
+        "--log-every",
+        "1",
+        "--eval-batches",
+        "3",
+    ),
+    *("--accumulation-steps", "2", "--device", "cpu"),
+]
+
+
+def torchrun(*words, seconds=120):
+    """Start two processes; return exit code, output, and how long it took."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        *map(str, words),
+    ]
+    start = time.monotonic()
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    return process.returncode, process.stdout, process.stderr, time.monotonic() - start
+
+
+def records(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def assert_close(one, other):
+    assert [record.keys() for record in one] == [record.keys() for record in other]
+    for a, b in zip(one, other, strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    assert main([*CLI, "--batch-size", "6", "--eval-batch-size", "6", "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_command_line_gives_the_losses_of_one_process(strategy, alone, tmp_path):
+    words = ["-m", "nlpfast", *CLI, "--batch-size", "3", "--eval-batch-size", "3", "--strategy", strategy]
+    code, out, err, _ = torchrun(*words, "--output-dir", tmp_path)
+    assert code == 0, err
+    assert_close(records(alone), records(tmp_path))
+    # one process speaks
+    assert out.count("validation loss") == 1
+    assert err.count("9 steps on cpu") == 1
+    weights, wanted = (load_file(x / "last" / "model.safetensors") for x in (tmp_path, alone))
+    for name, weight in wanted.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_without_targets_and_without_examples(tmp_path):
+    trainer(tmp_path / "one", "ddp", Loss(), 2, dropout=0.0).run()
+    for strategy in ("ddp", "fsdp"):
+        code, _, err, _ = torchrun(HERE / "together.py", "whole", tmp_path / strategy, strategy)
+        assert code == 0, err
+        assert_close(records(tmp_path / "one"), records(tmp_path / strategy / "whole"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_stop_at_the_same_step_and_go_on_bit_for_bit(strategy, tmp_path):
+    code, _, err, _ = torchrun(HERE / "together.py", "resume", tmp_path, strategy)
+    assert code == 0, err
+    for number in (0, 1):
+        steps = [json.loads((tmp_path / f"stopped.{number}.{rank}").read_text()) for rank in (0, 1)]
+        assert steps[0] == steps[1] and len(set(steps[0])) == 1
+    assert records(tmp_path / "stopped") == records(tmp_path / "unstopped")
+    for file in ("model", "optimizer", "random", "losses"):
+        one, other = (
+            load_file(tmp_path / x / "last" / f"{file}.safetensors") for x in ("stopped", "unstopped")
+        )
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), file
+    # dropout is another one in each process, and both come again
+    random = load_file(tmp_path / "stopped" / "last" / "random.safetensors")
+    assert {name.partition(".")[0] for name in random} == {"0", "1"}
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    code, _, err, _ = torchrun(HERE / "together.py", "whole", tmp_path, "ddp")
+    assert code == 0, err
+    with pytest.raises(checkpoint.CheckpointError, match="with 2 processes, not 1"):
+        trainer(tmp_path / "whole", "ddp", Loss(), 1, dropout=0.0).resume(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("task", "named"), [("raise", "ZeroDivisionError"), ("kill", "exitcode  : -9")])
+def test_a_process_that_dies_ends_the_others_with_its_name(task, named, tmp_path):
+    code, _, err, seconds = torchrun(HERE / "together.py", task, tmp_path, "ddp")
+    assert code != 0
+    assert seconds < 60
+    assert named in err
+    assert "rank      : 1" in err
