@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch.utils.data import Dataset, Subset
 
 from nlpfast.data.text import CharDataset, CharVocabulary, DataError, biography_text, read_text
@@ -21,6 +20,7 @@ from nlpfast.train.device import resolve_device
 from nlpfast.train.distributed import joined, own_device
 from nlpfast.train.log import check_tensorboard
 from nlpfast.train.objective import loss_alone
+from nlpfast.train.random_state import set_seed
 from nlpfast.train.resume import changed_options
 from nlpfast.train.trainer import Trainer, TrainState
 
@@ -102,9 +102,9 @@ def train_language_model(
 ) -> LanguageModelRun:
     """Train a GPT on characters and write `log.jsonl`, `last/` and `best/` to `options.output_dir`.
 
-    Everything that can be wrong with options and text is found before anything is written. Seeds torch's
-    global generator with `config.seed`. Under torchrun each of its processes calls this, and they train one
-    model together.
+    Everything that can be wrong with options and text is found before anything is written. Seeds the
+    generators of Python, NumPy and PyTorch with `config.seed`. Under torchrun each of its processes calls
+    this, and they train one model together.
 
     Args:
         options: text, model and folder.
@@ -157,7 +157,7 @@ def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool)
     else:
         text, source = read_text(options.text), options.text
     train, validation, vocabulary = split_text(text, options.block_size, source)
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     model = GPT(
         GPTConfig(
             len(vocabulary),
@@ -183,7 +183,7 @@ def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool)
     )
     if trainer.processes.rank > 0:
         # dropout differs between processes
-        torch.manual_seed((config.seed + trainer.processes.rank * 0x9E3779B97F4A7C15) % 2**63)
+        set_seed((config.seed + trainer.processes.rank * 0x9E3779B97F4A7C15) % 2**63)
     return trainer, (
         f"{source}: {len(text):,} characters, {len(vocabulary)} distinct; "
         f"GPT of {parameters:,} parameters; "

@@ -56,6 +56,17 @@ def set_random_state(state: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def set_seed(seed: int) -> None:
+    """Seed every generator.
+
+    Args:
+        seed: at least 0; NumPy takes its lower 32 bits.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
     """Leave every generator as it was: what happens inside draws the same numbers but moves nobody's."""
