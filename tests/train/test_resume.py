@@ -320,7 +320,9 @@ def test_what_can_change_is_told_and_what_cannot_is_refused(tmp_path):
     longer.run()
     assert longer.state.epoch == 3
     for change in ({"batch_size": 3}, {"accumulation_steps": 3}, {"seed": 4}, {"sampling": "replacement"}):
-        with pytest.raises(ConfigError, match=f"{next(iter(change))}={next(iter(change.values()))!r}: a run"):
+        with pytest.raises(
+            ConfigError, match=rf"{next(iter(change))}={next(iter(change.values()))!r}: a run"
+        ):
             trainer(tmp_path / "run", Stopper(), config(**{**SETTINGS, **change})).resume(tmp_path / "run")
 
 

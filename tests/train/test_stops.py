@@ -109,7 +109,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
 
 def signalled(place: str, numbers: list[int], folder: str) -> int:
-    """Train, and send this process a signal at a place, and a second one when the run is about to be saved."""
+    """Train, and send this process a signal at a place, and a second one when it is about to save."""
     owner, name, which = PLACES[place]
     function, calls = getattr(owner, name), []
 
