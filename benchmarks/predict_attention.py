@@ -24,13 +24,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
 
+from nlpfast.files import replacing
 from nlpfast.ops.attention import triton_launch
 
 from . import bench_attention, bench_varlen_attention, report

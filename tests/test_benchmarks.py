@@ -223,6 +223,31 @@ def test_page_needs_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "arguments"), [("report", ["results"]), ("predict_attention", [])])
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    name: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark_module(name)
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    Path("results/a.json").write_text("{}")
+    Path("page.md").write_text("old")
+    monkeypatch.setattr(module, "page", lambda *files: "new")
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=r"page\.md: cannot be written \(disk full"),
+    ):
+        patch.setattr(os, "replace", full)
+        module.main([*arguments, "page.md"])
+    assert Path("page.md").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    assert module.main([*arguments, "page.md"]) == 0
+    assert Path("page.md").read_text() == "new"
+
+
 class FakeGpu:
     """A GPU that computes on the CPU, and notes what it is asked for."""
 

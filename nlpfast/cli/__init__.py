@@ -7,15 +7,14 @@ one line on stderr; results go to stdout and everything else to stderr.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nlpfast.cli.options import UsageError, as_usage_error
+from nlpfast.cli.output import OutputError, finish_output, named_streams
 from nlpfast.stop import INTERRUPTED, TERMINATED, StopSignals, Terminated
 from nlpfast.train.config import ConfigError
 
@@ -33,6 +32,17 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, *arguments: Any) -> tuple[Any, list[str]]:  # type: ignore[override]
+        # here, and not in the parser of all verbs, whose help does not have the verb's options
+        found, unknown = super().parse_known_args(*arguments)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def print_help(self, file: object = None) -> None:
+        # argparse's own ignores a full disk
+        print(self.format_help(), end="")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,8 +80,6 @@ def _run(argv: Sequence[str]) -> int:
         code = importlib.import_module(f"nlpfast.cli.{args.verb}").run(args)
     except ConfigError as error:
         raise as_usage_error(error) from error
-    # a full disk or a closed pipe shows here, not when the interpreter ends
-    sys.stdout.flush()
     return int(code)
 
 
@@ -93,10 +101,8 @@ def _message(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, Terminated):
         return "terminated"
-    if isinstance(error, BrokenPipeError):
-        return "the reader of the output closed it"
     text = " ".join(str(error).split())
-    if isinstance(error, (UsageError, OSError, ValueError, RuntimeError)) and text:
+    if isinstance(error, (UsageError, OutputError, OSError, ValueError, RuntimeError)) and text:
         return text
     return f"{type(error).__name__}: {text}; run again with --debug to see where"
 
@@ -105,12 +111,23 @@ def _report(error: BaseException, argv: Sequence[str]) -> int:
     """Print one line for an error, below its traceback if that is wanted, and return the exit code."""
     if "--debug" in argv:
         traceback.print_exception(error)
-    if isinstance(error, BrokenPipeError):
-        # or the interpreter complains once more when it flushes stdout at its end
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finish_output()
     print(f"nlpfast: error: {_message(error)}", file=sys.stderr)
     return _exit_code(error)
+
+
+def _run_and_report(argv: Sequence[str]) -> int:
+    try:
+        try:
+            code = _run(argv)
+        except SystemExit as exit_:
+            # argparse ends --help this way
+            code = int(exit_.code or 0)
+        # a full disk or a closed pipe shows here, not when the interpreter ends
+        sys.stdout.flush()
+        return code
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        return _report(error, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,14 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        with StopSignals(raise_at_once=True):
-            try:
-                return _run(argv)
-            except SystemExit as exit_:
-                # argparse ends --help this way
-                return int(exit_.code or 0)
-            except (Exception, KeyboardInterrupt, Terminated) as error:
-                return _report(error, argv)
+        with StopSignals(raise_at_once=True), named_streams():
+            return _run_and_report(argv)
     except (KeyboardInterrupt, Terminated) as error:
         # a signal while an error was reported, or when all was done
-        return _report(error, argv)
+        with named_streams():
+            return _report(error, argv)

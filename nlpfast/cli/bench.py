@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [cpu]")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=_path,
         metavar="PATH",
         help="JSON file for the results, or a folder, in which the file is named after the machine",
     )
@@ -61,14 +62,14 @@ def run(args: argparse.Namespace) -> int:
         The exit code: 0 also when a goal is missed, which the table says.
 
     Raises:
-        UsageError: no such backend or device here, or the folder of the results file is missing.
+        UsageError: no such backend or device here, or the results file cannot be written.
         RuntimeError: a result of ours is wrong, and is not timed then; or there are no benchmarks here.
     """
     from nlpfast.train.device import resolve_device
 
     path: Path | None = args.output
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"--output {path}: there is no folder {path.parent}, create it first")
+    if path is not None:
+        _check_output(path)
     device = str(resolve_device(args.device))
     names = _names(args.op, device, args.backend)
     _check_backend(args.backend, names)
@@ -105,6 +106,17 @@ def _names(asked: str | None, device: str, backend: str | None) -> list[str]:
     return [asked] if asked else names
 
 
+def _check_output(path: Path) -> None:
+    """Raise if the results could not be written, before anything is measured."""
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        raise UsageError(f"--output {path}: there is no folder {folder}, create it first")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--output {path}: the folder {folder} is read-only, name another")
+    if path.exists() and path != folder and not path.is_file():
+        raise UsageError(f"--output {path}: it is a device, name a file or a folder")
+
+
 def _check_backend(backend: str | None, names: list[str]) -> None:
     """Raise if an op to be measured has no backend of that name, before anything is measured."""
     from nlpfast import dispatch
@@ -120,6 +132,12 @@ def _threads(text: str) -> tuple[int, ...]:
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers such as 1,2")
     return tuple(int(number) for number in numbers)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("give the name of a file or of a folder")
+    return Path(text)
 
 
 def benchmark_module(name: str) -> ModuleType:

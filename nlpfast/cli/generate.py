@@ -11,7 +11,7 @@ import dataclasses
 import sys
 
 from nlpfast.cli.options import UsageError, add_options, build
-from nlpfast.train.config import check_options, option
+from nlpfast.train.config import ConfigError, check_options, option
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -34,6 +34,10 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         """Check every value."""
         check_options(self)
+        for name, default in (("temperature", 1.0), ("top_k", None), ("top_p", None)):
+            value = getattr(self, name)
+            if self.greedy and value != default:
+                raise ConfigError(name, value, "does nothing with --greedy, leave out one of the two")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,9 +94,15 @@ def continue_text(folder: str, options: GenerateOptions) -> str:
         )
     try:
         vocabulary = CharVocabulary(chars)
+    except DataError as error:
+        raise CheckpointError(f"{saved.folder / STATE}: {error}") from error
+    try:
         model = GPT.from_pretrained(saved.folder).to(device)
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
+    except TypeError as error:
+        # PyTorch's answer to a size beyond 64 bits
+        raise CheckpointError(f"{saved.folder}: no model has such sizes; use another checkpoint") from error
     if len(vocabulary) != model.config.vocab_size:
         sizes = f"{len(vocabulary)} characters, the model {model.config.vocab_size}"
         raise CheckpointError(f"{saved.folder / STATE}: the vocabulary has {sizes}: use another checkpoint")

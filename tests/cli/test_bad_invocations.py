@@ -1,0 +1,517 @@
+"""Every way to call a verb wrongly: the exit code, one line on stderr with what is wrong and what to do.
+
+Nothing is printed on stdout, and nothing on the disk changes.
+"""
+
+import argparse
+import builtins
+import gzip
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nlpfast.cli import bench, build_parser, main
+from nlpfast.models.gpt import GPT, GPTConfig
+from nlpfast.train import checkpoint
+
+USAGE, DATA = 2, 65
+LEAST = 200
+LONGEST = 300
+
+# a command line; its exit code; what the message names; what it tells to do
+Case = tuple[str, int, str, str]
+
+
+def each(command: str, code: int, fix: str, *words: str) -> list[Case]:
+    """Return a case for each of `words` in the place of {}; the message names its first word."""
+    return [(command.replace("{}", word), code, re.split("[ =]", word)[0], fix) for word in words]
+
+
+def see(command: str, *words: str) -> list[Case]:
+    """Return cases of words that the parser of a command refuses."""
+    return each(f"{command} {{}}".strip(), USAGE, f"(see nlpfast {command}".rstrip() + " --help)", *words)
+
+
+VERBS = [
+    ("", USAGE, "name a verb", "train, generate, align, info, bench"),
+    *see("", "fly", "INFO", "inf", "--fly", "--verbose"),
+    ("--max-steps 3", USAGE, "VERB", "choose from 'train', 'generate'"),
+    *see("info", "extra", "--quick", "--device cpu", "--json=yes"),
+    ("train", USAGE, "TASK", "(see nlpfast train --help)"),
+    *see("train", "kites", "LM", "--"),
+    ("train --text good.txt", USAGE, "TASK", "choose from 'lm'"),
+    ("generate", USAGE, "CHECKPOINT", "(see nlpfast generate --help)"),
+    ("generate --prompt a", USAGE, "CHECKPOINT", "(see nlpfast generate --help)"),
+    ("align", USAGE, "ACTION", "(see nlpfast align --help)"),
+    *see("align", "glue", "Score"),
+    ("align --gold gold", USAGE, "ACTION", "choose from 'score'"),
+]
+
+LM = "train lm {}"
+TRAIN_WORDS = [
+    *see(
+        "train lm", "extra", "whole", "--nothing", "--nothing 3", "--max-step 3", "--top-k 3", "--n_layer 3"
+    ),
+    *see("train lm", "--overwrite=yes", "--tensorboard=1", "--resume"),
+    ("train lm --overwrite yes", USAGE, "yes", "(see nlpfast train lm --help)"),
+    ("train lm --max-steps 10 20", USAGE, "20", "(see nlpfast train lm --help)"),
+    ("train lm --betas 0.9 0.99 0.999", USAGE, "0.999", "(see nlpfast train lm --help)"),
+    *see(
+        "train lm", "--text", "--output-dir", "--max-steps", "--betas", "--schedule", "--sampling", "--seed"
+    ),
+    *see("train lm", "--biographies 1.5", "--biographies many", "--n-layer two", "--n-layer 1e3"),
+    *see(
+        "train lm", "--n-head x", "--n-embd 128.0", "--block-size 0x40", "--dropout half", "--max-steps many"
+    ),
+    *see("train lm", "--max-steps 1.5", "--max-steps ''", "--max-epochs 0.5", "--max-epochs all"),
+    *see("train lm", "--batch-size 12.5", "--batch-size auto", "--accumulation-steps none"),
+    *see("train lm", "--learning-rate fast", "--learning-rate 1,5", "--learning-rate -inf"),
+    *see("train lm", "--betas 0.9", "--betas 0.9 b", "--betas 0.9,0.99", "--weight-decay little"),
+    *see("train lm", "--grad-norm-clip off", "--warmup-tokens 5%", "--final-tokens all", "--seed 1.0"),
+    *see("train lm", "--num-workers two", "--eval-every often", "--eval-batches all", "--eval-batch-size x"),
+    *see("train lm", "--save-every x", "--log-every never", "--skip-nonfinite x", "--strategy"),
+    *each(LM, USAGE, "choose from 'cosine'", "--schedule linear", "--schedule Cosine"),
+    *each(LM, USAGE, "choose from 'float32'", "--dtype int8", "--dtype fp16", "--dtype float64"),
+    *each(LM, USAGE, "choose from 'shuffle'", "--sampling random"),
+    *each(LM, USAGE, "choose from 'ddp'", "--strategy dp"),
+]
+TRAIN_BOUNDS = [
+    *each(LM, USAGE, "at least 1 and at most 5000", *(f"--biographies {n}" for n in (0, -1, 5001))),
+    *each(
+        LM, USAGE, "at least 1", "--n-layer 0", "--n-layer -3", "--n-head 0", "--n-embd 0", "--block-size 0"
+    ),
+    *each(LM, USAGE, "at least 1", "--block-size -64", "--max-steps 0", "--max-steps -5", "--max-epochs 0"),
+    *each(LM, USAGE, "at least 1", "--batch-size 0", "--batch-size -1", "--accumulation-steps 0"),
+    *each(LM, USAGE, "at least 1", "--final-tokens 0", "--eval-every 0", "--eval-batches 0"),
+    *each(LM, USAGE, "at least 1", "--eval-batch-size 0", "--save-every 0", "--log-every 0"),
+    *each(LM, USAGE, "at least 0", "--warmup-tokens -1", "--num-workers -1", "--skip-nonfinite -1"),
+    *each(LM, USAGE, "at least 0", "--weight-decay -0.1", "--weight-decay inf"),
+    *each(LM, USAGE, "at least 0 and at most 1", *(f"--dropout {x}" for x in (2, -0.1, "nan", "inf"))),
+    *each(
+        LM, USAGE, "finite number above 0", *(f"--learning-rate {x}" for x in (0, -1, "nan", "inf", "1e999"))
+    ),
+    *each(LM, USAGE, "finite number above 0", *(f"--grad-norm-clip {x}" for x in (0, -1, "nan"))),
+    *each(
+        LM,
+        USAGE,
+        "at least 0 and below 1",
+        *(f"--betas {x}" for x in ("0.9 1", "1 0.9", "-0.1 0.9", "0.9 nan")),
+    ),
+    *each(LM, USAGE, "at least 0 and below 9.2", "--seed -1", f"--seed {2**63}"),
+    *each(LM, USAGE, "a multiple of n_head", "--n-embd 30", "--n-embd 128 --n-head 3"),
+    *each(LM, USAGE, "less than final_tokens", "--warmup-tokens 9 --final-tokens 8"),
+    *each(LM, USAGE, "less than final_tokens", "--warmup-tokens 8 --final-tokens 8"),
+    *each(
+        LM, USAGE, "give one of auto, cpu, cuda, cuda:N", "--device toaster", "--device cuda:", "--device ''"
+    ),
+    *each(
+        LM, USAGE, "give one of auto, cpu, cuda, cuda:N", "--device meta", "--device cpu,cuda", "--device CPU"
+    ),
+    *each(LM, USAGE, "give cpu or auto", "--device cuda:99"),
+    *each(LM, USAGE, "name a folder", "--output-dir file", "--output-dir file/below"),
+    *each(LM, USAGE, "the name of a folder", "--output-dir ''"),
+    *each(LM, USAGE, "name another folder or add --overwrite", "--output-dir run"),
+]
+TEXT = "train lm --text {}"
+TRAIN_DATA = [
+    *each(TEXT, DATA, "check the path", "missing.txt", "dangling"),
+    *each(TEXT, DATA, "give a text file", ".", "nothing", "whole"),
+    *each(TEXT, DATA, "give a file with text", "empty.txt", "empty.gz"),
+    *each(TEXT, DATA, "give about 650 characters or a smaller block_size", "newline.txt", "short.txt"),
+    *each(TEXT, DATA, "a smaller block_size", "good.txt --block-size 100"),
+    *each(TEXT, DATA, "convert", "bad.txt", "nul.txt", "utf16.txt", "image.png", "surrogate.txt"),
+    *each(TEXT, DATA, "compress it again", "cut.gz", "head.gz", "noise.gz"),
+    *each(TEXT, DATA, "check its permissions", "unreadable.txt", "loop", "file/below"),
+    *each(
+        "train lm --resume {}",
+        DATA,
+        "name the folder that `nlpfast train` wrote",
+        "missing",
+        "nothing",
+        "file",
+    ),
+    *each("train lm --resume {}", DATA, "use another checkpoint", "state-cut", "state-empty"),
+    *each("train lm --resume run {}", USAGE, "leave it out", "--overwrite", "--output-dir elsewhere"),
+    ("train lm --text bad.txt --max-steps 1", DATA, "bad.txt:3: ", "convert"),
+    ("train lm --text nul.txt --max-steps 1", DATA, "nul.txt:2: ", "convert"),
+]
+
+GENERATE = "generate whole {}"
+GENERATE_WORDS = [
+    *see("generate", "--prompt", "--max-new-tokens", "--top-k", "--device", "--temperature"),
+    *each(
+        GENERATE, USAGE, "(see nlpfast generate --help)", "extra", "--nothing", "--temp 1", "--max-steps 3"
+    ),
+    *each(GENERATE, USAGE, "(see nlpfast generate --help)", "--max-new-tokens 1.5", "--max-new-tokens lots"),
+    *each(
+        GENERATE, USAGE, "(see nlpfast generate --help)", "--temperature hot", "--top-k 1.5", "--top-k all"
+    ),
+    *each(GENERATE, USAGE, "(see nlpfast generate --help)", "--top-p most", "--seed x", "--greedy=1"),
+    *each(GENERATE, USAGE, "at least 0", "--max-new-tokens -1"),
+    *each(GENERATE, USAGE, "finite number above 0", *(f"--temperature {x}" for x in (0, -1, "nan", "inf"))),
+    *each(GENERATE, USAGE, "at least 1", "--top-k 0", "--top-k -1"),
+    *each(GENERATE, USAGE, "above 0 and at most 1", *(f"--top-p {x}" for x in (0, 1.5, -0.5, "nan"))),
+    *each(GENERATE, USAGE, "at least 0 and below 9.2", "--seed -1", f"--seed {2**63}"),
+    *each(GENERATE, USAGE, "leave out one of the two", "--top-k 3 --greedy", "--top-p 0.5 --greedy"),
+    *each(GENERATE, USAGE, "leave out one of the two", "--temperature 0.5 --greedy"),
+    *each(GENERATE, USAGE, "give one of auto, cpu, cuda, cuda:N", "--device toaster", "--device xpu"),
+    *each(GENERATE, USAGE, "give cpu or auto", "--device cuda:99"),
+    *each(GENERATE, USAGE, "remove it", "--prompt abc", "--prompt é", "--prompt 'a b'"),
+]
+CHECKPOINT = "generate {}"
+GENERATE_DATA = [
+    *each(CHECKPOINT, DATA, "name the folder", "missing", "file/below"),
+    ("generate dangling", DATA, "nowhere: no such checkpoint", "name the folder"),
+    ("generate .", DATA, "is not a checkpoint", "no state.json in it"),
+    *each(CHECKPOINT, DATA, "no state.json in it", "good.txt", "nothing", "state-missing", "state-folder"),
+    *each(CHECKPOINT, DATA, "use a checkpoint of `nlpfast train lm`", "wordless", "letters-text"),
+    *each(CHECKPOINT, DATA, "state.json: vocabulary", "letters-twice", "letters-long", "letters-numbers"),
+    *each(CHECKPOINT, DATA, "give at least one character", "letters-none"),
+    *each(CHECKPOINT, DATA, "use another checkpoint", "letters-two"),
+    *each(CHECKPOINT, DATA, "use another checkpoint", "state-empty", "state-cut", "state-noise"),
+    *each(
+        CHECKPOINT, DATA, "use a checkpoint of this version", "state-list", "state-format", "state-formless"
+    ),
+    *each(CHECKPOINT, DATA, "use another checkpoint", "state-stateless", "state-config", "state-metadata"),
+    *each(CHECKPOINT, DATA, "give a folder with a saved model", "weights-missing", "weights-folder"),
+    *each(CHECKPOINT, DATA, "save the model again", "weights-empty", "weights-cut", "weights-short"),
+    *each(CHECKPOINT, DATA, "save the model again", "weights-more", "weights-noise", "weights-pickle"),
+    *each(CHECKPOINT, DATA, "give a folder with a saved model", "config-missing", "config-folder"),
+    *each(
+        CHECKPOINT, DATA, "save the model again", "config-empty", "config-cut", "config-list", "config-latin"
+    ),
+    *each(CHECKPOINT, DATA, "load it with the class it is for", "config-type"),
+    *each(CHECKPOINT, DATA, "change one of the two", "config-heads"),
+    *each(CHECKPOINT, DATA, "pass n_embd=", "config-text"),
+    *each(CHECKPOINT, DATA, "pass n_layer=", "config-negative"),
+    *each(CHECKPOINT, DATA, "pass n_head=", "config-float", "config-zero"),
+    *each(CHECKPOINT, DATA, "pass vocab_size=", "config-wordless"),
+    *each(CHECKPOINT, DATA, "write n_layer=1", "config-name"),
+    *each(CHECKPOINT, DATA, "0 turns dropout off", "config-dropout"),
+    *each(CHECKPOINT, DATA, "use another checkpoint", "config-huge"),
+    *each(
+        CHECKPOINT, DATA, "that belongs to these weights", "config-shape", "config-letters", "config-layers"
+    ),
+]
+
+SCORE, COMBINE, ALIGN = "align score {} --gold gold", "align symmetrize {}", "align train {}"
+ALIGN_WORDS = [
+    ("align score", USAGE, "HYP, --gold", "(see nlpfast align score --help)"),
+    ("align score hyp", USAGE, "--gold", "(see nlpfast align score --help)"),
+    ("align score --gold gold", USAGE, "HYP", "(see nlpfast align score --help)"),
+    ("align score hyp --gold", USAGE, "--gold", "(see nlpfast align score --help)"),
+    *see("align score", "--gold-one-based=yes hyp --gold gold"),
+    ("align score hyp --gol gold", USAGE, "--gold", "(see nlpfast align score --help)"),
+    *each(
+        "align score hyp --gold gold {}", USAGE, "(see nlpfast align score --help)", "extra", "--method union"
+    ),
+    *each("align score hyp --gold gold {}", USAGE, "(see nlpfast align score --help)", "--target-source=no"),
+    ("align symmetrize", USAGE, "FWD, REV", "(see nlpfast align symmetrize --help)"),
+    ("align symmetrize hyp", USAGE, "REV", "(see nlpfast align symmetrize --help)"),
+    *see("align symmetrize", "hyp hyp hyp", "--method", "--target-source=no hyp hyp"),
+    *each("align symmetrize hyp hyp {}", USAGE, "(see nlpfast align symmetrize --help)", "--model eflomal"),
+    *each("align symmetrize hyp hyp {}", USAGE, "(see nlpfast align symmetrize --help)", "--gold-one-based"),
+    *each("align symmetrize hyp hyp {}", USAGE, "'grow-diag-final-and'", "--method grow", "--method UNION"),
+    ("align train", USAGE, "SRC, TGT", "(see nlpfast align train --help)"),
+    ("align train src", USAGE, "TGT", "(see nlpfast align train --help)"),
+    *each(
+        "align train src tgt {}", USAGE, "(see nlpfast align train --help)", "extra", "--model", "--method"
+    ),
+    *each(
+        "align train src tgt {}",
+        USAGE,
+        "(see nlpfast align train --help)",
+        "--iterations 5",
+        "--target-source",
+    ),
+    *each("align train src tgt {}", USAGE, "'eflomal', 'fast_align'", "--model giza", "--model Eflomal"),
+    *each("align train src tgt {}", USAGE, "'grow-diag-final-and'", "--method grow"),
+]
+ALIGN_DATA = [
+    *each(SCORE, DATA, "check the path", "missing", "dangling"),
+    *each("align score hyp --gold {}", DATA, "check the path", "missing"),
+    *each(SCORE, DATA, "give a text file", ".", "nothing"),
+    *each("align score hyp --gold {}", DATA, "give a text file", "."),
+    *each(SCORE, DATA, "give a file with text", "empty.txt", "empty.gz"),
+    *each(SCORE, DATA, "check its permissions", "unreadable.txt", "loop"),
+    *each(SCORE, DATA, "convert", "latin", "zero-byte", "image.png", "utf16.txt"),
+    *each(SCORE, DATA, "compress it again", "cut.gz", "head.gz", "noise.gz"),
+    *each(
+        SCORE, DATA, "two numbers such as 0-3", "half", "words", "minus", "float", "plus", "tabs", "return"
+    ),
+    *each(SCORE, DATA, "two numbers such as 0-3", "arabic"),
+    *each(SCORE, DATA, "put one between two links", "spaces", "leading"),
+    *each(SCORE, DATA, "check what wrote the file", "huge"),
+    *each(SCORE, DATA, "find the line too many", "three"),
+    ("align score half --gold gold --target-source", DATA, "half:2:5: ", "two numbers such as 0-3"),
+    ("align score gold --gold gold", DATA, "gold:1:5: '1p1' is a possible link", "write '-' or remove it"),
+    ("align score hyp --gold zero --gold-one-based", DATA, "zero:2:5: ", "read the file as 0-based"),
+    ("align score hyp --gold three", DATA, "hyp has 2 lines, three has 3", "find the line too many"),
+    ("align score none --gold none", DATA, "none: no links in it", "check the file"),
+    *each("align symmetrize hyp {}", DATA, "check the path", "missing"),
+    *each("align symmetrize hyp {}", DATA, "give a text file", "nothing"),
+    *each("align symmetrize hyp {}", DATA, "two numbers such as 0-3", "half"),
+    *each("align symmetrize hyp {}", DATA, "convert", "nul.txt"),
+    *each("align symmetrize hyp {}", DATA, "give a file with text", "empty.txt"),
+    *each("align symmetrize hyp {}", DATA, "find the line too many", "three"),
+    *each("align symmetrize {} hyp", DATA, "check the path", "missing"),
+    *each("align symmetrize {} hyp", DATA, "two numbers such as 0-3", "half"),
+    *each("align symmetrize {} hyp", DATA, "write '-' or remove it", "gold"),
+    *each("align train src {}", DATA, "check the path", "missing"),
+    *each("align train src {}", DATA, "find the line too many", "two"),
+    *each("align train src {}", DATA, "convert", "bad.txt", "nul.txt", "utf16.txt"),
+    *each("align train src {}", DATA, "compress it again", "cut.gz"),
+    *each("align train src {}", DATA, "check its permissions", "unreadable.txt", "loop"),
+    *each("align train {} tgt", DATA, "check the path", "missing"),
+    *each("align train {} tgt", DATA, "give a text file", "."),
+    *each("align train {} tgt", DATA, "give a file with text", "empty.txt"),
+]
+
+BENCH = [
+    *see("bench", "--threads", "--backend", "--device", "--output", "--quick=yes"),
+    ("bench no_such_op", USAGE, "no_such_op", "choose from 'alignment_loss', 'attention'"),
+    ("bench attention cross_entropy", USAGE, "cross_entropy", "(see nlpfast bench --help)"),
+    ("bench attention --out x.json", USAGE, "--out", "(see nlpfast bench --help)"),
+    ("bench attention --max-steps 3", USAGE, "--max-steps", "(see nlpfast bench --help)"),
+    *each("bench {}", USAGE, "positive numbers such as 1,2", "--threads 0", "--threads -1", "--threads 1,,2"),
+    *each(
+        "bench {}", USAGE, "positive numbers such as 1,2", "--threads two", "--threads 1.5", "--threads ''"
+    ),
+    *each("bench {}", USAGE, "positive numbers such as 1,2", "--threads '1;2'", "--threads ²"),
+    *each("bench {}", USAGE, "give one of them", "--backend abacus", "--backend CPU"),
+    *each("bench attention {}", USAGE, "give one of them", "--backend abacus", "--backend ''"),
+    ("bench modules --backend reference", USAGE, "--backend", "drop the option"),
+    *each("bench {}", USAGE, "give one of auto, cpu, cuda, cuda:N", "--device abacus", "--device meta"),
+    *each("bench {}", USAGE, "give cpu or auto", "--device cuda:99"),
+    *each("bench modules {}", USAGE, "give cpu or auto", "--device cuda:99"),
+    *each("bench {}", USAGE, "create it first", "--output no/such/folder/x.json", "--output file/x.json"),
+    *each("bench {}", USAGE, "create it first", "--output loop/x.json"),
+    *each("bench {}", USAGE, "name a file or a folder", "--output /dev/full", "--output /dev/null"),
+    *each("bench {}", USAGE, "name another", "--output /proc/self", "--output /proc/self/x.json"),
+    *each("bench {}", USAGE, "the name of a file or of a folder", "--output ''"),
+]
+
+TRAIN, GENERATION = [*TRAIN_WORDS, *TRAIN_BOUNDS, *TRAIN_DATA], [*GENERATE_WORDS, *GENERATE_DATA]
+BAD = [*VERBS, *TRAIN, *GENERATION, *ALIGN_WORDS, *ALIGN_DATA, *BENCH]
+
+
+PACKED = gzip.compress(bytes(range(32, 127)) * 300, mtime=0)
+TEXTS = {
+    "good.txt": b"the quick brown fox\n" * 40,
+    "short.txt": b"the quick brown fox\n",
+    "newline.txt": b"\n",
+    "empty.txt": b"",
+    "empty.gz": b"",
+    "bad.txt": b"fine\nfine\nnot \xff fine\n" * 100,
+    "nul.txt": b"fine\nno\0t\n" * 100,
+    "surrogate.txt": b"fine\n\xed\xa0\x80\n" * 100,
+    "utf16.txt": ("the quick brown fox\n" * 20).encode("utf-16"),
+    "image.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    "cut.gz": PACKED[:-20],
+    "head.gz": PACKED[:5],
+    "noise.gz": b"\x1f\x8b" + bytes(range(200)),
+    "unreadable.txt": b"nobody may read this\n",
+    "file": b"mine",
+    "src": b"a b c\n\nb a\n",
+    "tgt": b"A B C\nX\nB A\n",
+    "two": b"A B C\nX\n",
+    "hyp": b"0-0 1-1\n0-0\n",
+    "gold": b"0-0 1p1\n0-0 3?3\n",
+    "three": b"0-0\n\n0-0\n",
+    "none": b"\n\n",
+    "half": b"0-0\n0-0 1-\n",
+    "words": b"a-b\n",
+    "minus": b"0--1\n",
+    "plus": b"+1-0\n",
+    "float": b"0-1.5\n",
+    "huge": b"0-99999999999\n",
+    "arabic": "\u0660-\u0660\n".encode(),
+    "tabs": b"0-0\t1-1\n",
+    "return": b"0-0\r1-1\n",
+    "spaces": b"0-0  1-1\n",
+    "leading": b" 0-0\n",
+    "latin": b"0-0\n\xe9\n",
+    "zero": b"1-1\n2-2 0-1\n",
+    "zero-byte": b"0-0\0\n",
+}
+
+
+def save_checkpoint(folder: str, **metadata: Any) -> None:
+    model = GPT(GPTConfig(3, 8, n_layer=1, n_head=1, n_embd=4))
+    checkpoint.save(folder, model, None, {}, {}, metadata=metadata)
+
+
+def without(content: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != name}
+
+
+def damaged_config(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "list": [config],
+        "latin": b'{"\xe9": 1}',
+        "type": {**config, "model_type": "bert"},
+        "heads": {**config, "n_head": 3},
+        "float": {**config, "n_head": 1.5},
+        "zero": {**config, "n_head": 0},
+        "negative": {**config, "n_layer": -1},
+        "layers": {**config, "n_layer": 2},
+        "text": {**config, "n_embd": "4"},
+        "shape": {**config, "n_embd": 8},
+        "letters": {**config, "vocab_size": 4},
+        "wordless": without(config, "vocab_size"),
+        "name": {**config, "n_layers": 1},
+        "dropout": {**config, "embd_pdrop": 7},
+        "huge": {**config, "block_size": 10**30},
+    }
+
+
+def damaged_state(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "list": [state],
+        "noise": bytes(range(256)),
+        "format": {**state, "format": 99},
+        "formless": without(state, "format"),
+        "stateless": without(state, "state"),
+        "config": {**state, "config": 3},
+        "metadata": {**state, "metadata": ["a"]},
+    }
+
+
+def damaged_weights(weights: bytes) -> dict[str, Any]:
+    return {
+        "short": weights[:-1],
+        "more": weights + b"0",
+        "noise": bytes(range(256)),
+        "pickle": b"\x80\x04\x95",
+    }
+
+
+def write_checkpoints() -> None:
+    save_checkpoint("whole", vocabulary=["\n", "a", "b"])
+    save_checkpoint("run/last", vocabulary=["\n", "a", "b"])
+    save_checkpoint("wordless")
+    letters = {"twice": ["a", "b", "a"], "long": ["a", "b", "cd"], "two": ["a", "b"], "numbers": [1, 2, 3]}
+    for name, vocabulary in {**letters, "text": "abc", "none": []}.items():
+        save_checkpoint(f"letters-{name}", vocabulary=vocabulary)
+    files = {"weights": "model.safetensors", "config": "config.json", "state": "state.json"}
+    whole = {part: Path("whole", file).read_bytes() for part, file in files.items()}
+    damage = {
+        "weights": damaged_weights(whole["weights"]),
+        "config": damaged_config(json.loads(whole["config"])),
+        "state": damaged_state(json.loads(whole["state"])),
+    }
+    for part, contents in damage.items():
+        half = whole[part][: len(whole[part]) // 2]
+        for name, content in {**contents, "empty": b"", "cut": half, "missing": None, "folder": None}.items():
+            shutil.copytree("whole", f"{part}-{name}")
+            path = Path(f"{part}-{name}", files[part])
+            path.unlink()
+            if name == "folder":
+                path.mkdir()
+            elif content is not None:
+                path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def entries() -> dict[str, tuple[int, int]]:
+    found = {}
+    for folder, folders, files in os.walk("."):
+        for name in [*folders, *files]:
+            status = os.lstat(os.path.join(folder, name))
+            found[os.path.join(folder, name)] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int, int]]]:
+    """Be in a folder with files and checkpoints that are whole, damaged and in the way."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("box"))
+    torch.manual_seed(0)
+    for name, content in TEXTS.items():
+        Path(name).write_bytes(content)
+    Path("dangling").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    Path("nothing").mkdir()
+    write_checkpoints()
+    yield entries()
+    os.chdir(before)
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a bad invocation would get to work, and refuse to read a file even to root."""
+
+    def work(*arguments: Any, **options: Any) -> None:
+        pytest.fail("it went to work")
+
+    monkeypatch.setattr("nlpfast.train.trainer.Trainer.run", work)
+    monkeypatch.setattr("nlpfast.decoding.generate", work)
+    monkeypatch.setattr("nlpfast.train.aligner.align_words", work)
+    monkeypatch.setattr(bench.benchmark_module("measure"), "run", work)
+    really_open = io.open
+
+    def guarded(file: Any, *arguments: Any, **options: Any) -> Any:
+        if str(file).endswith("unreadable.txt"):
+            raise PermissionError(13, "Permission denied", str(file))
+        return really_open(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", guarded)
+    monkeypatch.setattr(builtins, "open", guarded)
+
+
+@pytest.mark.parametrize(("command", "code", "thing", "fix"), BAD, ids=[case[0] or "-" for case in BAD])
+def test_a_bad_invocation(
+    command: str,
+    code: int,
+    thing: str,
+    fix: str,
+    box: dict[str, tuple[int, int]],
+    no_work: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = main(shlex.split(command))
+    out, err = capsys.readouterr()
+    assert found == code, err
+    assert out == ""
+    assert err.startswith("nlpfast: error: ") and err.endswith("\n")
+    assert len(err.splitlines()) == 1 and len(err) < LONGEST
+    assert thing and thing in err
+    assert fix and fix in err
+    assert entries() == box
+
+
+def test_the_table_is_long_and_has_nothing_twice() -> None:
+    assert len(BAD) >= LEAST
+    assert len({tuple(shlex.split(command)) for command, *_ in BAD}) == len(BAD)
+
+
+def options_of(parser: argparse.ArgumentParser, words: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the long options of all verbs, each after the words of its verb."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from options_of(below, f"{words} {name}".strip())
+        else:
+            yield from ((words, option) for option in action.option_strings if option.startswith("--"))
+
+
+def test_every_option_is_given_wrongly_at_least_once() -> None:
+    asked = [(words, option) for words, option in options_of(build_parser()) if words]
+    asked = [(words, option) for words, option in asked if option not in ("--help", "--debug")]
+    assert len(asked) > 40
+    given = [(command, re.split("[ =]", command)) for command, *_ in BAD]
+    missing = [
+        f"{words} {option}"
+        for words, option in asked
+        if not any(command.startswith(words) and option in parts for command, parts in given)
+    ]
+    assert not missing, f"no bad invocation of {missing}"
