@@ -352,3 +352,17 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run = Trainer(nn.Linear(2, 2), Sentences(11), config(**SETTINGS), quiet=True)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         run.resume(tmp_path)
+
+
+def test_time_goes_on(tmp_path):
+    settings = config(**SETTINGS)
+    stopped(tmp_path / "run", settings, 9)
+    path = tmp_path / "run" / "last" / "state.json"
+    content = json.loads(path.read_text())
+    assert 0 < content["state"]["seconds"] < 900
+    content["state"]["seconds"] = 1000.0
+    path.write_text(json.dumps(content))
+    before = len(records(tmp_path / "run"))
+    resumed(tmp_path / "run", settings)
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()[before:]
+    assert lines and all(1000 < json.loads(line)["time"] < 2000 for line in lines)

@@ -189,10 +189,7 @@ class _Attention(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             extra = [x for x in ctx.additions if x.is_of_this_pass()]
             ctx.additions.clear()
-        taken = [extra.pop()] if extra and getattr(ctx.module, "TAKES_PAIR_GRADIENTS", False) else []
-        grads = ctx.module.backward(grad_out, grad_lse, *saved, *ctx.options, *taken)
-        for left in extra:
-            left.add_to(grads[0], grads[1])
+        grads = ctx.module.backward(grad_out, grad_lse, *saved, *ctx.options, extra)
         grads = refuse_second_derivative(NO_SECOND, grads, grad_out, grad_lse, *saved[:3], saved[6])
         return (*grads, None, None, None, None, None, None, None, None)
 

@@ -1,5 +1,7 @@
 """Attention on CPUs: the compiled kernels of csrc/attention, one set per instruction set."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,8 +9,6 @@ from nlpfast.ops.additions import PairGradients
 
 SERVES = "float32, bfloat16 and float16, D and Dv <= 256, every mask, any strides"
 MAX_HEAD_SIZE = 256
-# `backward` takes gradients at pairs along (nlpfast/ops/additions.py).
-TAKES_PAIR_GRADIENTS = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # As csrc/library.cpp numbers them.
@@ -72,19 +72,22 @@ def backward(
     dropout_p: float,
     causal: str,
     scale: float,
-    extra: PairGradients | None = None,
+    extra: Sequence[PairGradients] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of query, key and value, contiguous, and of a mask that requires one.
 
-    `extra` is added to the gradients of query and key, while the tiles that it belongs to are in the cache.
+    The first of `extra` is added while the tiles that it belongs to are in the cache.
     """
+    first = (extra[0].pairs.contiguous(), extra[0].of_heads(query.shape[1])) if extra else (None, None)
     mask_gradient = attn_mask is not None and attn_mask.requires_grad
     dq, dk, dv, dmask = torch.ops.nlpfast.attention_backward(
         *(grad_out, grad_lse, query, key, value, out, lse, lse_low),
         *(attn_mask, _rows(key_lengths), _rows(prefix_lengths), _rows(seed)),
         *(dropout_p, CAUSAL[causal], scale, mask_gradient),
-        *((None, None) if extra is None else (extra.pairs.contiguous(), extra.of_heads(query.shape[1]))),
+        *first,
     )
+    for pairs in extra[1:]:
+        pairs.add_to(dq, dk)
     return dq, dk, dv, dmask.to(attn_mask.dtype) if mask_gradient and attn_mask is not None else None
 
 

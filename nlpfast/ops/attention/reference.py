@@ -21,9 +21,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from nlpfast.ops.additions import PairGradients
 
 SERVES = "every device and floating dtype, every mask; needs memory for [B, H, L, S]"
 
@@ -103,6 +106,7 @@ def backward(
     dropout_p: float,
     causal: str,
     scale: float,
+    extra: Sequence[PairGradients] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the gradients of ``forward`` by the formulas at the top of this file.
 
@@ -122,6 +126,7 @@ def backward(
         dropout_p: see ``forward``.
         causal: see ``forward``.
         scale: see ``forward``.
+        extra: gradients of ``query . key`` at pairs, to be added.
 
     Returns:
         Gradients of query, key and value in their shapes and dtypes, and of a floating ``attn_mask``, else
@@ -151,6 +156,8 @@ def backward(
         dmask = None
         if attn_mask is not None and attn_mask.is_floating_point():
             dmask = d_scores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+    for pairs in extra:
+        pairs.add_to(dq, dk)
     return dq, dk, dv, dmask
 
 

@@ -5,10 +5,13 @@ With TRITON_INTERPRET=1 set when Python starts, the kernels run on the CPU, in f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
 
+from nlpfast.ops.additions import PairGradients
 from nlpfast.ops.attention.reference import check_lengths
 from nlpfast.ops.attention.triton_launch import run_backward, run_forward
 
@@ -79,6 +82,7 @@ def backward(
     dropout_p: float,
     causal: str,
     scale: float,
+    extra: Sequence[PairGradients] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of query, key and value, and of a mask that requires one."""
     mask_gradient = attn_mask is not None and attn_mask.requires_grad
@@ -91,4 +95,6 @@ def backward(
         mask_gradient,
         *(query, key, value, *masks, query.shape[2], key.shape[2], seed, dropout_p, causal, scale),
     )
+    for pairs in extra:
+        pairs.add_to(dq, dk)
     return dq, dk, dv, dmask.to(attn_mask.dtype) if mask_gradient and attn_mask is not None else None
