@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.resume is not None:
         options, config = _resumed(args)
+    elif hasattr(args, "text") and hasattr(args, "biographies"):
+        raise UsageError("--biographies is given with --text, which takes their place: leave one out")
     result = train_language_model(options, config, resume=args.resume)
     if int(os.environ.get("RANK", "0")) > 0:
         return 0

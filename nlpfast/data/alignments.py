@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nlpfast.data.text import DataError, read_text
+from nlpfast.data.lines import DataError, read_lines, unequal_lengths
 
 __all__ = ["MAX_DIGITS", "Alignments", "Link", "check_same_length", "format_links", "read_alignments"]
 
@@ -108,8 +108,7 @@ class Alignments:
 def read_alignments(path: str | Path, *, one_based: bool = False, possible: bool = False) -> Alignments:
     """Read word alignments in Pharaoh format; the grammar is at the top of this module.
 
-    The file is read by `read_text`: UTF-8, one byte order mark allowed, no NUL, not compressed, not empty;
-    lines end at LF and nowhere else.
+    For all that is no matter of the grammar see `nlpfast.data.lines`.
 
     Args:
         path: the file.
@@ -121,18 +120,16 @@ def read_alignments(path: str | Path, *, one_based: bool = False, possible: bool
 
     Raises:
         DataError: with ``file:line:column: reason`` for the first thing that the grammar does not allow,
-            or a 0 where words are counted from 1; and what `read_text` raises.
+            or a 0 where words are counted from 1; and what `read_lines` raises.
     """
-    text = read_text(path)
-    lines = text.split("\n")
-    if not lines[-1]:
-        lines.pop()
+    lines = list(read_lines(path))
     link = _ANY if possible else _SURE
-    fits = re.compile(rf"(?:{link.pattern}(?: {link.pattern})* ?)?\r?").fullmatch
+    fits = re.compile(rf"(?:{link.pattern}(?: {link.pattern})* ?)?").fullmatch
     for number, line in enumerate(lines, 1):
         if fits(line) is None:
             column, reason = _fault(line, link)
             raise DataError(f"{path}:{number}:{column}: {reason}")
+    text = "\n".join(lines)
     codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
     marks = codes[(codes == ord("-")) | (codes == ord("p")) | (codes == ord("?"))]
     positions = list(map(int, text.translate(_SEPARATORS).split()))
@@ -175,8 +172,7 @@ def check_same_length(first: str, lines: Sized, second: str, others: Sized) -> N
         DataError: they have not; names both and their numbers of lines.
     """
     if len(lines) != len(others):
-        counts = f"{first} has {len(lines)} lines, {second} has {len(others)}"
-        raise DataError(f"{counts}: line i of one belongs to line i of the other; find the line too many")
+        raise unequal_lengths([(first, len(lines)), (second, len(others))])
 
 
 def _first_of_each(
@@ -200,7 +196,7 @@ def _raise_zero(path: str | Path, lines: list[str], sentence: int) -> None:
 
 def _fault(line: str, link: re.Pattern[str]) -> tuple[int, str]:
     """Return the column, from 1, of the first thing in a line that is not allowed, and the reason."""
-    column, fields = 1, line.removesuffix("\r").split(" ")
+    column, fields = 1, line.split(" ")
     for index, field in enumerate(fields):
         ends_line = 0 < index == len(fields) - 1
         if not field and ends_line and fields[index - 1]:

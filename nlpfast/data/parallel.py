@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nlpfast.data.alignments import Alignments, check_same_length
-from nlpfast.data.text import read_text
+from nlpfast.data.lines import read_lines_together
 
 __all__ = ["AlignmentPairs", "AlignmentReport", "Skipped", "read_parallel"]
 
@@ -23,8 +23,8 @@ __all__ = ["AlignmentPairs", "AlignmentReport", "Skipped", "read_parallel"]
 def read_parallel(source: str | Path, target: str | Path) -> tuple[list[list[str]], list[list[str]]]:
     r"""Read two files of which line i of one is the translation of line i of the other.
 
-    Words are what spaces and tabs separate, as aligners count them; a no-break space is part of a word. A \r
-    at the end of a line is taken off.
+    Words are what spaces and tabs separate, as aligners count them; a no-break space is part of a word. For
+    all else see `nlpfast.data.lines`.
 
     Args:
         source: UTF-8 text, one sentence a line, already in words or subwords.
@@ -34,17 +34,13 @@ def read_parallel(source: str | Path, target: str | Path) -> tuple[list[list[str
         The words of each source line, and of each target line; empty lists for empty lines.
 
     Raises:
-        DataError: the files differ in their number of lines, or `read_text` refuses one.
+        DataError: the files differ in their number of lines, or one cannot be read.
     """
-    sides = []
-    for path in (source, target):
-        lines = read_text(path).split("\n")
-        if not lines[-1]:
-            lines.pop()
-        words = [line.removesuffix("\r").replace("\t", " ").split(" ") for line in lines]
-        sides.append([[word for word in line if word] for line in words])
-    check_same_length(str(source), sides[0], str(target), sides[1])
-    return sides[0], sides[1]
+    sides: tuple[list[list[str]], list[list[str]]] = [], []
+    for row in read_lines_together((source, target)):
+        for line, side in zip(row, sides, strict=True):
+            side.append([word for word in line.replace("\t", " ").split(" ") if word])
+    return sides
 
 
 class Skipped(NamedTuple):

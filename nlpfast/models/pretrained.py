@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_weights", "flush", "read_config", "read_weights", "write"]
+from nlpfast.files import flush
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_weights", "read_config", "read_weights", "write"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -79,7 +81,7 @@ def read_config(folder: str | Path, model_type: str) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _unreadable(path, error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); save the model again") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: holds a {type(fields).__name__}, expected an object; save the model again")
@@ -139,20 +141,3 @@ def _unreadable(path: Path, error: OSError) -> OSError:
     # the class stays that of the cause, such as FileNotFoundError
     reason = error.strerror or ("no such file" if isinstance(error, FileNotFoundError) else str(error))
     return type(error)(f"{path}: cannot be read ({reason}); give a folder with a saved model")
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk.
-
-    Args:
-        path: an existing file or folder.
-
-    Raises:
-        OSError: when the disk reports an error.
-    """
-    # a folder cannot be opened for writing, and fsync asks for no more than reading
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import nlpfast
 from nlpfast.data.text import DataError
+from nlpfast.files import flush
 from nlpfast.models import pretrained
 from nlpfast.train.distributed import like, whole
 
@@ -113,17 +114,17 @@ def _write(
         save_file(_plain_tensors(tensors), folder / f"{name}{ENDING}")
     (folder / STATE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for path in folder.iterdir():
-        pretrained.flush(path)
-    pretrained.flush(folder)
+        flush(path)
+    flush(folder)
 
 
 def _take_place(partial: Path, folder: Path, keep_previous: bool) -> None:
     previous, older = _beside(folder, "previous"), _beside(folder, "older")
-    if folder.exists():
-        if previous.exists():
-            os.replace(previous, older)
-        os.replace(folder, previous)
     try:
+        if folder.exists():
+            if previous.exists():
+                os.replace(previous, older)
+            os.replace(folder, previous)
         os.replace(partial, folder)
     except BaseException:
         if previous.exists() and not folder.exists():
@@ -131,7 +132,7 @@ def _take_place(partial: Path, folder: Path, keep_previous: bool) -> None:
         if older.exists() and not previous.exists():
             os.replace(older, previous)
         raise
-    pretrained.flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(older, ignore_errors=True)
     if not keep_previous:
         shutil.rmtree(previous, ignore_errors=True)
@@ -167,7 +168,7 @@ def save(
         CheckpointError: `folder` is a file, or a folder with other content.
         OSError: the disk is full or not writable; the previous checkpoint is unharmed.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     partial = _beside(folder, "partial")
     if folder.exists() and not (folder / STATE).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} holds something else than a checkpoint: name another folder")
@@ -215,14 +216,15 @@ def find(folder: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is none; the message says what was looked for.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     for candidate in (folder, folder / "best", folder / "last"):
         found = find_exact(candidate)
         if found is not None:
             return found
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such checkpoint: name the folder that `nlpfast train` wrote")
-    raise CheckpointError(f"{folder} is not a checkpoint: no {STATE} in it, in best/ or in last/")
+    missing = f"no {STATE} in it, in best/ or in last/"
+    raise CheckpointError(f"{folder} is not a checkpoint: {missing}: name one that `nlpfast train` wrote")
 
 
 def find_latest(folder: str | os.PathLike[str]) -> Path:
@@ -231,7 +233,7 @@ def find_latest(folder: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is none; the message says what was looked for.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     for candidate in (folder, folder / "last"):
         found = find_exact(candidate)
         if found is not None:
@@ -243,7 +245,7 @@ def find_latest(folder: str | os.PathLike[str]) -> Path:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}): use another checkpoint") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not of format {FORMAT}: use a checkpoint of this version of nlpfast")

@@ -28,6 +28,8 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError("device", name, "give one of auto, cpu, cuda, cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError("device", name, "give one of auto, cpu, cuda, cuda:N")
+    if device.type == "cpu" and device.index:
+        raise ConfigError("device", name, "there is one CPU device, give cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError("device", name, f"PyTorch sees {count} CUDA devices here, give cpu or auto")

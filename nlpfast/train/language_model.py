@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
 import sys
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch.utils.data import Dataset, Subset
 
+from nlpfast.data.characters import read_characters
 from nlpfast.data.text import CharDataset, CharVocabulary, DataError, biography_text, read_text
+from nlpfast.data.token_cache import Tokens
 from nlpfast.models.gpt import GPT, GPTConfig
 from nlpfast.train import checkpoint
 from nlpfast.train.checkpoint import find_exact
@@ -45,33 +48,49 @@ class LanguageModelRun:
     parameters: int
 
 
-def split_text(
-    text: str, block_size: int, source: str
-) -> tuple[CharDataset, Dataset[object], CharVocabulary]:
-    """Return training windows, validation windows and the vocabulary of a text.
+def split_tokens(
+    tokens: Tokens, vocabulary: CharVocabulary, block_size: int, source: str
+) -> tuple[CharDataset, Dataset[object]]:
+    """Return training windows and validation windows of a text.
 
     The first 90 % of the characters are for training, all their windows; the last 10 % are for validation, in
-    windows that do not overlap, so that each character is predicted once. The vocabulary is that of the
-    whole text.
+    windows that do not overlap, so that each character is predicted once.
 
     Args:
-        text: at least block_size + 1 characters in its last tenth.
+        tokens: numbers of at least block_size + 1 characters in the last tenth.
+        vocabulary: of the whole text.
         block_size: characters in a window.
-        source: what an error calls the text, its file for example.
+        source: what messages call the text, its file for example.
 
     Raises:
         DataError: the text is too short.
     """
-    cut = int(len(text) * TRAINING_SHARE)
-    if min(cut, len(text) - cut) < block_size + 1:
+    size = len(tokens)
+    cut = int(size * TRAINING_SHARE)
+    if min(cut, size - cut) < block_size + 1:
         raise DataError(
-            f"{source}: {len(text)} characters are too few: the validation tenth needs block_size + 1 = "
+            f"{source}: {size} characters are too few: the validation tenth needs block_size + 1 = "
             f"{block_size + 1}, so give about {10 * (block_size + 1)} characters or a smaller block_size"
         )
+    training, validation = (
+        CharDataset.from_tokens(tokens, block_size, vocabulary, source=source, start=start, stop=stop)
+        for start, stop in ((0, cut), (cut, size))
+    )
+    return training, Subset(validation, range(0, len(validation), block_size))
+
+
+def _read(options: LanguageModelOptions, seed: int) -> tuple[Tokens, CharVocabulary, dict[str, Any]]:
+    """Return the characters of the text, and what a checkpoint tells of it."""
+    if options.text is not None and (os.path.isfile(options.text) or not os.path.exists(options.text)):
+        corpus = read_characters(options.text)
+        about = {"digest": corpus.digest, "data": corpus.report.as_dict()}
+        return corpus.tokens, corpus.vocabulary, {"text": options.text, **about}
+    # a pipe can be read once
+    text = biography_text(options.biographies, seed) if options.text is None else read_text(options.text)
     vocabulary = CharVocabulary.from_text(text)
-    validation = CharDataset(text[cut:], block_size, vocabulary)
-    windows = Subset(validation, range(0, len(validation), block_size))
-    return CharDataset(text[:cut], block_size, vocabulary), windows, vocabulary
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    about = {"text": options.text or "embedded biographies", "digest": digest}
+    return vocabulary.encode(text).numpy(), vocabulary, about
 
 
 def check_output_dir(folder: Path, overwrite: bool) -> None:
@@ -82,11 +101,16 @@ def check_output_dir(folder: Path, overwrite: bool) -> None:
         overwrite: checkpoints of an earlier run are no reason to refuse.
 
     Raises:
-        ConfigError: it is a file, or holds checkpoints that must not be replaced.
+        ConfigError: it is a file, cannot be written to, or holds checkpoints that must not be replaced.
     """
     for part in (folder, *folder.parents):
         if part.exists() and not part.is_dir():
             raise ConfigError("output_dir", str(folder), f"{part} is a file, name a folder")
+        if part.is_symlink() and not part.exists():
+            raise ConfigError("output_dir", str(folder), f"{part} is a link to nothing, name another folder")
+    there = next(part for part in (folder, *folder.parents, Path()) if part.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError("output_dir", str(folder), f"{there} cannot be written to, name another folder")
     for name in CHECKPOINTS:
         if find_exact(folder / name) and not overwrite:
             rule = f"holds the checkpoint {name!r} of an earlier run, name another folder or add --overwrite"
@@ -152,11 +176,9 @@ def train_language_model(
 
 def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool) -> tuple[Trainer, str]:
     """Return the trainer at the start of a run, and what there is to say of it."""
-    if options.text is None:
-        text, source = biography_text(options.biographies, config.seed), "embedded biographies"
-    else:
-        text, source = read_text(options.text), options.text
-    train, validation, vocabulary = split_text(text, options.block_size, source)
+    tokens, vocabulary, metadata = _read(options, config.seed)
+    source = metadata["text"]
+    train, validation = split_tokens(tokens, vocabulary, options.block_size, source)
     set_seed(config.seed)
     model = GPT(
         GPTConfig(
@@ -171,8 +193,7 @@ def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool)
         )
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    metadata = {"vocabulary": vocabulary.chars, "text": source, "options": dataclasses.asdict(options)}
-    metadata["digest"] = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    metadata |= {"vocabulary": vocabulary.chars, "options": dataclasses.asdict(options)}
     trainer = Trainer(
         *(model, train, config),
         loss_fn=loss_alone,
@@ -185,7 +206,7 @@ def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool)
         # dropout differs between processes
         set_seed((config.seed + trainer.processes.rank * 0x9E3779B97F4A7C15) % 2**63)
     return trainer, (
-        f"{source}: {len(text):,} characters, {len(vocabulary)} distinct; "
+        f"{source}: {len(tokens):,} characters, {len(vocabulary)} distinct; "
         f"GPT of {parameters:,} parameters; "
         f"{trainer.total_steps():,} steps on {config.device}, {config.dtype}"
     )

@@ -73,9 +73,7 @@ class RunLog:
             record: plain values; `step` and `loss` at least.
             total_steps: the last step, or None when it is not known.
         """
-        if self._file is not None:
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
+        self.note(record)
         if self._writer is not None:
             for name, value in record.items():
                 if name != "step" and isinstance(value, (int, float)):
@@ -83,6 +81,16 @@ class RunLog:
         # the bar already shows the loss; on a terminal only evaluations stay
         if not self._terminal or "val_loss" in record:
             self.say(_line(record, total_steps))
+
+    def note(self, record: dict[str, Any]) -> None:
+        """Write a JSON line.
+
+        Args:
+            record: plain values; NaN is one.
+        """
+        if self._file is not None:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
 
     def sync(self) -> int:
         """Wait until the file is on the disk, and return its length; 0 without one."""

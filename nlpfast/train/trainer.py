@@ -59,7 +59,8 @@ class Trainer:
         loss_fn: `(model, batch) -> mean loss`, a scalar tensor.
         count_fn: `batch -> number of targets that count`; it gets the batch on the CPU.
         collate_fn: makes a batch from a list of examples; torch's default when None.
-        metadata: plain values to be kept in every checkpoint, for example the vocabulary.
+        metadata: plain values to be kept in every checkpoint, for example the vocabulary; "data", where it is
+            there, is the first record of the log, and tells what was read, used and skipped.
         quiet: print nothing; otherwise lines or a progress bar go to stderr.
 
     Raises:
@@ -139,11 +140,16 @@ class Trainer:
         """
         folder = self.output_dir if self.processes.rank == 0 else None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(f"{folder}: cannot be made ({error.strerror}); name another folder") from error
         self._clock = time.monotonic() - self.state.seconds
         stream, length = None if self.quiet else sys.stderr, self.state.log_bytes
         log = RunLog(folder, length=length, tensorboard=self.config.tensorboard, stream=stream)
         with self._stop, log as self._log:
+            if length == 0 and "data" in self.metadata:
+                log.note({"step": 0, "data": self.metadata["data"]})
             try:
                 self._run()
             except Stopping:

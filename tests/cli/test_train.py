@@ -40,7 +40,8 @@ def test_training_prints_results_on_stdout_and_progress_on_stderr(tmp_path, caps
     results = dict(line.split(maxsplit=1) for line in out.replace("validation loss", "loss").splitlines())
     assert results["steps"] == "20"
     assert results["checkpoint"] == str(run / "best")
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    first, *records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert first["data"]["used"] == first["data"]["read"] == 30
     assert results["loss"].startswith(f"{records[-1]['val_loss']:.4f} (best ")
     assert [record["step"] for record in records] == [1, 5, 10, 15, 20]
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]

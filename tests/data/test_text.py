@@ -1,19 +1,24 @@
+import gzip
 import hashlib
+import pickle
 import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from nlpfast.data import biographies as lists
+from nlpfast.data import text as texts
 from nlpfast.data.text import (
     CharDataset,
     CharVocabulary,
     DataError,
     biographies,
     biography_text,
+    line_of,
     people,
     read_text,
 )
@@ -38,6 +43,7 @@ def write(tmp_path, data):
         (b"\xef\xbb\xbf\xef\xbb\xbfa", "\ufeffa"),
         (MIXED.encode(), MIXED),
         (b" \n", " \n"),
+        (gzip.compress(b"\xef\xbb\xbfa\r\n"), "a\r\n"),
     ],
 )
 def test_read_text_is_exact(tmp_path, data, text):
@@ -58,7 +64,7 @@ def test_read_text_is_exact(tmp_path, data, text):
         (b"\xef\xbb\xbfa\n\xfe", ":2: byte 0xfe is not UTF-8"),
         (b"a\n\nb\0c", ":3: NUL byte"),
         ("ab".encode("utf-16-le"), ":1: NUL byte"),
-        (b"\x1f\x8b\x08\x00", ":1: byte 0x8b is not UTF-8"),
+        (b"\x1f\x8b\x08\x00", ":1: the gzip data is cut short here, after 0 whole lines; get"),
     ],
 )
 def test_read_text_names_file_and_line(tmp_path, data, message):
@@ -78,10 +84,10 @@ def test_read_text_of_no_file(tmp_path):
 
 
 def test_read_text_of_an_unreadable_file(tmp_path, monkeypatch):
-    def refuse(_):
+    def refuse(_, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"text\.txt: cannot be read \(Permission denied\); check its"):
         read_text(tmp_path / "text.txt")
 
@@ -96,6 +102,14 @@ def test_vocabulary_is_sorted_and_reversible(text):
     assert numbers.dtype == torch.int64 and numbers.tolist() == [vocabulary.stoi[char] for char in text]
     assert vocabulary.decode(numbers) == vocabulary.decode(numbers.tolist()) == text
     assert vocabulary.decode(numbers.int()) == vocabulary.decode(iter(numbers.tolist())) == text
+
+
+def test_a_vocabulary_is_pickled_as_its_characters():
+    vocabulary = CharVocabulary(["b", "a", "\U0010ffff", "\ud800"])
+    pickled = pickle.dumps(vocabulary)
+    assert len(pickled) < 200
+    again = pickle.loads(pickled)
+    assert again.chars == vocabulary.chars and again.encode("ab\U0010ffff").tolist() == [1, 0, 2]
 
 
 def test_empty_texts_have_no_numbers():
@@ -201,6 +215,105 @@ def test_a_text_shorter_than_a_block_is_refused(text):
     with pytest.raises(DataError, match=message):
         CharDataset(text, 4)
     assert len(CharDataset("abcde", 4)) == 1
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">u4", "i8"])
+def test_windows_of_tokens_at_hand_are_those_of_the_text(dtype):
+    text = "hello\nworld\n\nowl"
+    whole = CharDataset(text, 4)
+    tokens = whole.data.numpy().astype(dtype)
+    tokens.flags.writeable = False
+    data = CharDataset.from_tokens(tokens, 4, whole.vocabulary)
+    assert len(data) == len(whole) and (data.stoi, data.itos) == (whole.stoi, whole.itos)
+    assert data.vocab_size == whole.vocab_size and data.block_size == 4
+    for i in range(-len(data), len(data)):
+        for there, here in zip(whole[i], data[i], strict=True):
+            assert here.dtype == torch.int64 and torch.equal(here, there)
+    assert torch.equal(data.data, whole.data)
+    for start, stop in ((0, 9), (3, 8), (5, None), (11, 16)):
+        part = CharDataset.from_tokens(tokens, 4, whole.vocabulary, start=start, stop=stop)
+        other = CharDataset(text[start:stop], 4, whole.vocabulary)
+        assert len(part) == len(other) and torch.equal(part.data, other.data)
+        for i in range(len(part)):
+            assert torch.equal(part[i][0], other[i][0]) and torch.equal(part[i][1], other[i][1])
+        with pytest.raises(IndexError):
+            part[len(part)]
+
+
+def test_windows_of_tokens_name_their_source():
+    text = "ab\n\ncdef\ng"
+    vocabulary = CharVocabulary.from_text(text)
+    tokens = vocabulary.encode(text).numpy()
+    data = CharDataset.from_tokens(tokens, 1, vocabulary, source="some.txt")
+    assert [data.source(i) for i in range(len(data))] == [
+        f"some.txt:{line}" for line in (1, 1, 1, 2, 3, 3, 3, 3, 3)
+    ]
+    part = CharDataset.from_tokens(tokens, 2, vocabulary, source="some.txt", start=3)
+    assert [part.source(0), part.source(1), part.source(-1)] == ["some.txt:2", "some.txt:3", "some.txt:3"]
+    with pytest.raises(IndexError):
+        part.source(len(part))
+    assert CharDataset("a\nbc", 1).source(2) == "text:2"
+    assert CharDataset("abc", 1).source(1) == "text:1"
+
+
+def test_lines_are_counted_part_by_part(monkeypatch):
+    text = "".join(random.Random(0).choices("ab\n", k=500))
+    vocabulary = CharVocabulary.from_text(text)
+    tokens = vocabulary.encode(text).numpy()
+    for part in (1, 7, 499, 500, 1000):
+        monkeypatch.setattr(texts, "_COUNTED", part)
+        for position in (0, 1, 6, 7, 8, 250, 499):
+            assert line_of(tokens, position, vocabulary) == text.count("\n", 0, position) + 1
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, None), (3, 2), (0, 12), (12, None)])
+def test_a_part_must_be_of_the_text(start, stop):
+    vocabulary = CharVocabulary("a")
+    with pytest.raises(ValueError, match=rf"start={start}, stop=.* must be in order and in 0\.\.11"):
+        CharDataset.from_tokens(np.zeros(11, np.uint8), 1, vocabulary, start=start, stop=stop)
+
+
+def test_a_part_may_be_too_short_or_a_block_too_small():
+    tokens, vocabulary = np.zeros(11, np.uint8), CharVocabulary("a")
+    message = "f.txt has 3 characters, block_size=3 needs at least 4; give a longer text"
+    with pytest.raises(DataError, match=message):
+        CharDataset.from_tokens(tokens, 3, vocabulary, source="f.txt", start=2, stop=5)
+    assert len(CharDataset.from_tokens(tokens, 3, vocabulary, start=2, stop=6)) == 1
+    with pytest.raises(ValueError, match="block_size=0 must be >= 1"):
+        CharDataset.from_tokens(tokens, 0, vocabulary)
+
+
+def mapped(folder, size, vocabulary, **options):
+    path = folder / "tokens"
+    np.random.default_rng(0).integers(0, len(vocabulary), size, np.uint8).tofile(path)
+    tokens = np.memmap(path, np.uint8, mode="r", offset=100)
+    return tokens, CharDataset.from_tokens(tokens[50:], 8, vocabulary, source="f", **options)
+
+
+def test_a_pickle_names_the_file_of_a_map(tmp_path):
+    vocabulary = CharVocabulary("ab\n")
+    tokens, data = mapped(tmp_path, 1_000_000, vocabulary, start=1000, stop=900_000)
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 10_000
+    again = pickle.loads(pickled)
+    assert len(again) == len(data) == 900_000 - 1000 - 8
+    for i in (0, 1, 77_777, len(data) - 1):
+        expected = tokens[1050 + i : 1050 + i + 9].tolist()
+        assert [*data[i][0].tolist(), data[i][1][-1].item()] == expected
+        assert torch.equal(again[i][0], data[i][0]) and torch.equal(again[i][1], data[i][1])
+        assert again.source(i) == data.source(i)
+    # what is no map is in the pickle itself
+    whole = CharDataset("hello world", 4)
+    assert torch.equal(pickle.loads(pickle.dumps(whole)).data, whole.data)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_the_map(tmp_path, context):
+    _, data = mapped(tmp_path, 2000, CharVocabulary("ab\n"))
+    loader = DataLoader(data, batch_size=500, num_workers=1, multiprocessing_context=context)
+    found = torch.cat([x for x, _ in loader])
+    assert torch.equal(found, torch.stack([data[i][0] for i in range(len(data))]))
 
 
 @pytest.mark.parametrize("block_size", [0, -1])

@@ -6,12 +6,17 @@ import os
 import pytest
 import torch
 
-from nlpfast.data.text import DataError
+from nlpfast.data.text import CharVocabulary, DataError
 from nlpfast.train import checkpoint
 from nlpfast.train.config import ConfigError, LanguageModelOptions, TrainerConfig
-from nlpfast.train.language_model import check_output_dir, split_text, train_language_model
+from nlpfast.train.language_model import check_output_dir, split_tokens, train_language_model
 
 TEXT = "".join(chr(97 + i % 7) for i in range(400)) + "z" * 40
+
+
+def split_text(text, block_size, source):
+    vocabulary = CharVocabulary.from_text(text)
+    return *split_tokens(vocabulary.encode(text).numpy(), vocabulary, block_size, source), vocabulary
 
 
 def test_the_split_is_by_position_and_validation_windows_do_not_overlap():
@@ -56,7 +61,9 @@ def test_a_run_trains_logs_saves_and_can_be_repeated(tmp_path):
     assert first.parameters == sum(p.numel() for p in first.model.parameters())
     for name, weight in first.model.state_dict().items():
         assert torch.equal(weight, second.model.state_dict()[name])
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    first, *records = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    assert first == {"step": 0, "data": checkpoint.load(tmp_path / "one").metadata["data"]}
+    losses = [record["loss"] for record in records]
     assert losses[-1] < 0.6 * losses[0]
     assert checkpoint.load(tmp_path / "one").metadata["vocabulary"] == list("abcdefgz")
 

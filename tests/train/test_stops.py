@@ -94,7 +94,7 @@ def test_kills_at_any_instant(trials, unstopped, tmp_path, pytestconfig, capsys)
 
 # where a signal comes: the module or class, its function, and which call of it
 PLACES = {
-    "reading": (language_model, "split_text", 1),
+    "reading": (language_model, "split_tokens", 1),
     "building": (gpt.GPT, "__init__", 1),
     "first batch": (gpt.GPT, "forward", 1),
     "in a step": (gpt.GPT, "forward", 10),
