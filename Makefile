@@ -69,7 +69,7 @@ sanitize: $(INSTALLED)
 	$(WATCHED) $(BIN)/pytest tests/ops
 
 soak: $(INSTALLED)
-	$(BIN)/python -m pytest tests/ops --hypothesis-profile=soak -k any_call
+	$(BIN)/python -m pytest tests/ops tests/train --hypothesis-profile=soak -k 'any_call or kills_at_any_instant'
 
 # Uses PYTHON as it is, with torch and triton: no virtual environment, no network, no native library. Most of the
 # time goes into compiling kernels; with pytest-xdist, PYTEST_ADDOPTS='-n 8' compiles on as many cores.

@@ -1,6 +1,7 @@
 """Fixtures of all tests: backends by name, a fixed seed, and how long hypothesis searches."""
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 
@@ -22,6 +23,12 @@ settings.register_profile(
 # pytest --hypothesis-profile=soak
 settings.register_profile("soak", settings.get_profile("ci"), derandomize=False, max_examples=100_000)
 settings.load_profile("ci")
+
+
+# A shell that starts the tests in the background has them ignore SIGINT, and with them all that they start.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -112,7 +113,9 @@ def _report(error: BaseException, argv: Sequence[str]) -> int:
     if "--debug" in argv:
         traceback.print_exception(error)
     finish_output()
-    print(f"nlpfast: error: {_message(error)}", file=sys.stderr)
+    # torchrun sets it
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    print(f"nlpfast: error: {rank}{_message(error)}", file=sys.stderr)
     return _exit_code(error)
 
 

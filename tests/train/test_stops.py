@@ -150,6 +150,30 @@ def test_signals_in_any_phase(place, number, trials, unstopped, tmp_path) -> Non
     assert contents(tmp_path / "run") == unstopped[0]
 
 
+def all_signalled(number: int, folder: str) -> int:
+    """Train with processes that load, and send all of them a signal in a step, as a terminal does."""
+    forward, calls = gpt.GPT.forward, []
+
+    def sending(*args, **options):
+        calls.append(None)
+        if len(calls) == 10:
+            os.killpg(0, number)
+        return forward(*args, **options)
+
+    gpt.GPT.forward = sending
+    return main([*RUN, "--num-workers", "2", "--output-dir", folder])
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_signal_to_loading_processes_too(number, trials, unstopped, tmp_path) -> None:
+    result = trials.run(all_signalled, number, tmp_path / "run")
+    assert result.code == CODES[number], result.text
+    assert "Traceback" not in result.text and "worker" not in result.text
+    again = trials.run(call, *argv_to_go_on(tmp_path / "run"), "--num-workers", "0")
+    assert again.code == 0, again.text
+    assert contents(tmp_path / "run") == unstopped[0]
+
+
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_a_second_signal_ends_at_once(number, trials, unstopped, tmp_path) -> None:
     result = trials.run(signalled, "in a step", [number, signal.SIGTERM], tmp_path / "run")
