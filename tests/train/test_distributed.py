@@ -96,12 +96,20 @@ def test_the_command_line_gives_the_losses_of_one_process(strategy, alone, tmp_p
         torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_parts_without_targets_and_without_examples(tmp_path):
-    trainer(tmp_path / "one", "ddp", Loss(), 2, dropout=0.0).run()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs of two processes, by strategy."""
+    folder = tmp_path_factory.mktemp("whole")
     for strategy in ("ddp", "fsdp"):
-        code, _, err, _ = torchrun(HERE / "together.py", "whole", tmp_path / strategy, strategy)
+        code, _, err, _ = torchrun(HERE / "together.py", "whole", folder / strategy, strategy)
         assert code == 0, err
-        assert_close(records(tmp_path / "one"), records(tmp_path / strategy / "whole"))
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_parts_without_targets_and_without_examples(strategy, whole, tmp_path):
+    trainer(tmp_path, "ddp", Loss(), 2, dropout=0.0).run()
+    assert_close(records(tmp_path), records(whole / strategy / "whole"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -123,17 +131,26 @@ def test_all_stop_at_the_same_step_and_go_on_bit_for_bit(strategy, tmp_path):
     assert {name.partition(".")[0] for name in random} == {"0", "1"}
 
 
-def test_another_number_of_processes_is_refused(tmp_path):
-    code, _, err, _ = torchrun(HERE / "together.py", "whole", tmp_path, "ddp")
-    assert code == 0, err
+def test_another_number_of_processes_is_refused(whole):
+    folder = whole / "ddp" / "whole"
     with pytest.raises(checkpoint.CheckpointError, match="with 2 processes, not 1"):
-        trainer(tmp_path / "whole", "ddp", Loss(), 1, dropout=0.0).resume(tmp_path / "whole")
+        trainer(folder, "ddp", Loss(), 1, dropout=0.0).resume(folder)
 
 
 @pytest.mark.parametrize(("task", "named"), [("raise", "ZeroDivisionError"), ("kill", "exitcode  : -9")])
 def test_a_process_that_dies_ends_the_others_with_its_name(task, named, tmp_path):
     code, _, err, seconds = torchrun(HERE / "together.py", task, tmp_path, "ddp")
     assert code != 0
+    # that a process dies some seconds after the start is part of it
     assert seconds < 60
     assert named in err
     assert "rank      : 1" in err
+
+
+def test_the_command_line_names_the_process(tmp_path):
+    (tmp_path / "text").write_bytes(b"\xff")
+    words = ["-m", "nlpfast", "train", "lm", "--text", tmp_path / "text", "--output-dir", tmp_path / "run"]
+    code, out, err, _ = torchrun(*words)
+    assert code != 0 and not out and not (tmp_path / "run").exists()
+    assert any(f"nlpfast: error: rank {rank}: " in err for rank in (0, 1))
+    assert ":1: byte 0xff is not UTF-8" in err
