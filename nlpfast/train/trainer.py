@@ -175,12 +175,11 @@ class Trainer:
         with contextlib.closing(groups):  # type: ignore[type-var]
             while True:
                 # of before the batches were loaded, which a data set may draw random numbers for
-                window = random_state()
+                window = random_state() if self.config.accumulation_steps > 1 else {}
                 group = next(groups, None)
                 if group is None:
                     break
                 if state.window:
-                    window = self._random["window"]
                     set_random_state(self._random["now"])
                 self._random = {"window": window}
                 if self._one_step(group):
