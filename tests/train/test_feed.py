@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from toys import Sentences, config
 from torch.utils.data import Dataset
+from toys import Sentences, config
 
 from nlpfast.train.distributed import Processes
 from nlpfast.train.feed import Feed
