@@ -6,8 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <unistd.h>
 
+#include <cstdio>
+#include <cstring>
+#include <exception>
 #include <optional>
+#include <thread>
 
 namespace nlpfast {
 
@@ -19,6 +24,39 @@ inline void check_cpu(const Tensor& x, const char* name, ScalarType type, const 
   STD_TORCH_CHECK(x.is_cpu(), name, " must be a CPU tensor");
   STD_TORCH_CHECK(x.scalar_type() == type, name, " must be ", type_name);
   STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, got ", x.dim());
+}
+
+// Whether this process was forked and has run no other program since: PF_FORKNOEXEC among the flags of Linux.
+inline bool is_a_fork() {
+  char text[512] = "";
+  if (FILE* file = std::fopen("/proc/self/stat", "r")) {
+    text[std::fread(text, 1, sizeof text - 1, file)] = 0;
+    std::fclose(file);
+  }
+  // after the name of the program, in brackets: state, five numbers, flags
+  const char* numbers = std::strrchr(text, ')');
+  unsigned flags = 0;
+  return numbers && std::sscanf(numbers, ") %*c %*d %*d %*d %*d %*d %u", &flags) == 1 && (flags & 0x40);
+}
+
+// The process that loaded this library, 0 if that was a fork already.
+inline const pid_t first_process = is_a_fork() ? 0 : getpid();
+
+// PyTorch's parallel_for, also in a process forked from one that has used several threads. That process has OpenMP's
+// pool but not its threads, and would wait for them for ever; a new thread gets a pool of its own.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain_size, const F& f) {
+  if (getpid() == first_process || end - begin <= grain_size || torch::stable::get_num_threads() == 1)
+    return torch::stable::parallel_for(begin, end, grain_size, f);
+  std::exception_ptr error;
+  std::thread([&] {
+    try {
+      torch::stable::parallel_for(begin, end, grain_size, f);
+    } catch (...) {
+      error = std::current_exception();
+    }
+  }).join();
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace nlpfast

@@ -11,8 +11,6 @@ NLPFAST_DEFINE_CHOICE(AttentionKernels, attention_kernels, attention)
 
 namespace {
 
-using torch::stable::parallel_for;
-
 constexpr int64_t MAX_HEAD_SIZE = 256;
 
 Dtype dtype_of(const Tensor& x, const char* name) {
