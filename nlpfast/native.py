@@ -1,12 +1,14 @@
 """The compiled library: load it, say how it was built and what the CPU offers, or why it is missing."""
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 FOLDER = Path(__file__).parent
+_PROCESS = os.getpid()
 
 
 def _load(name: str) -> str:
@@ -51,3 +53,13 @@ def cpu_capability() -> str:
     `ATEN_CPU_CAPABILITY` (default, avx2, avx512) lowers it, as it lowers PyTorch's own kernels.
     """
     return str(_C.cpu_capability()) if _C else "NONE"
+
+
+def join_no_lost_threads() -> None:
+    """In a forked process, have PyTorch's own operations use one thread.
+
+    It has the pool of its parent but not its threads, and would wait for them for ever. nlpfast's own kernels
+    do not need this.
+    """
+    if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)

@@ -206,6 +206,7 @@ def _log_mean(
         query, key = autocast(query, key)
     numbers = _check(query, key, lse, pairs, heads)
     if device_type == "cpu" and not torch.compiler.is_compiling():
+        native.join_no_lost_threads()
         _check_pairs(pairs, (query.shape[0], query.shape[2], key.shape[2]))
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
     module = dispatch.choose("alignment_loss", device_type, backend, (query, key, lse, pairs))

@@ -112,6 +112,8 @@ def linear_cross_entropy(
                 return_nll=return_nll,  # type: ignore[call-overload]
                 backend=backend,
             )
+    if device_type == "cpu" and not torch.compiler.is_compiling():
+        native.join_no_lost_threads()
     _check(input, linear_weight, linear_bias)
     options = (ignore_index, reduction, label_smoothing, smoothing, pad_index)
     known = labels.prepare(target, input, linear_weight.shape[0], *options)
