@@ -128,3 +128,40 @@ def test_a_loss_that_explodes_ends_with_1_and_one_line(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "the loss is nan" in err.splitlines()[-1] or "the loss is inf" in err.splitlines()[-1]
+
+
+def test_a_run_goes_on_with_its_own_options_but_for_those_given(tmp_path, capsys):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT)
+    argv = ["train", "lm", "--text", str(text), "--output-dir", str(run), "--batch-size", "3", *SMALL]
+    assert main([*argv, "--max-steps", "4"]) == 0
+    capsys.readouterr()
+    assert main(["train", "lm", "--resume", str(run), "--max-steps", "6", "--dtype", "bfloat16"]) == 0
+    out, err = capsys.readouterr()
+    assert "steps            6" in out
+    assert [line for line in err.splitlines() if line.startswith("changed: ")] == [
+        "changed: max_steps: 4 -> 6",
+        "changed: dtype: float32 -> bfloat16",
+    ]
+    saved = checkpoint.load(run / "last")
+    assert (saved.state["step"], saved.config["batch_size"], saved.config["dtype"]) == (6, 3, "bfloat16")
+    assert saved.metadata["options"]["n_embd"] == 16
+    # of any of its checkpoints, and after a move of the folder
+    run = run.rename(tmp_path / "moved")
+    assert main(["train", "lm", "--resume", str(run / "last"), "--max-steps", "7"]) == 0
+    assert checkpoint.load(run / "last").state["step"] == 7
+    capsys.readouterr()
+    before = (run / "log.jsonl").read_bytes()
+    for words, code, message in [
+        (["--block-size", "4"], 2, "--block-size 4: a run that is resumed keeps its own, 8"),
+        (["--batch-size", "4"], 2, "--batch-size 4: a run that is resumed keeps its own, 3"),
+        (["--output-dir", "elsewhere"], 2, "--output-dir is given with --resume"),
+        (["--overwrite"], 2, "--overwrite is given with --resume"),
+        (["--text", str(tmp_path / "none")], 65, "no such file"),
+    ]:
+        assert main(["train", "lm", "--resume", str(run), *words]) == code, words
+        assert message in capsys.readouterr().err
+    text.write_text(TEXT[1:])
+    assert main(["train", "lm", "--resume", str(run)]) == 65
+    assert f"{text}: is not the text that the run was trained on" in capsys.readouterr().err
+    assert (run / "log.jsonl").read_bytes() == before

@@ -71,8 +71,8 @@ OPS: dict[str, Callable[[int, str | None], list[Tensor]]] = {
     for function in (attention, varlen_attention, cross_entropy, linear_cross_entropy, alignment_loss)
 }
 
-# the first call in a fork is of a kernel, which may use several threads there; the last two compute with PyTorch's
-# own operations, and have them use one
+# the first call in a fork is of a kernel, which may use several threads there; the last two compute
+# with PyTorch's own operations, and have them use one
 ORDER = ["attention", "varlen_attention", "cross_entropy", "alignment_loss", "linear_cross_entropy"]
 
 

@@ -157,7 +157,12 @@ def all_signalled(number: int, folder: str) -> int:
     def sending(*args, **options):
         calls.append(None)
         if len(calls) == 10:
-            os.killpg(0, number)
+            # from outside: a worker of PyTorch's takes it in another way from its parent
+            sender = os.fork()
+            if sender == 0:
+                os.killpg(0, number)
+                os._exit(0)
+            os.waitpid(sender, 0)
         return forward(*args, **options)
 
     gpt.GPT.forward = sending
