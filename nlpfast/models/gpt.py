@@ -2,6 +2,10 @@
 
     tokens -> tok_emb + pos_emb -> drop -> Block x n_layer -> ln_f -> head -> logits
 
+With `perceiver` the first and the last layer are those of a bottleneck (perceiver.py), and the blocks between
+them work on its `bottleneck_dim` latents. Such a model sees the tokens from there on in their own positions
+alone.
+
 A block adds twice to its input: attention over the positions so far, then a two-layer network at each
 position; both read a layer-normalised copy (pre-norm). Sources: Radford et al. 2018, "Improving Language
 Understanding by Generative Pre-Training"; Radford et al. 2019, "Language Models are Unsupervised Multitask
@@ -21,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from nlpfast.models import pretrained
-from nlpfast.nn import CausalSelfAttention
+from nlpfast.models.perceiver import DownProjectBlock, UpProjectBlock
+from nlpfast.nn import CausalCrossAttention, CausalSelfAttention
 from nlpfast.ops.cross_entropy import cross_entropy
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -41,6 +46,11 @@ class GPTConfig:
         resid_pdrop: dropout of what a block adds.
         attn_pdrop: dropout of the attention probabilities.
         ignore_index: targets with this value do not count in the loss.
+        perceiver: whether there is a bottleneck, in the place of the first and the last block.
+        bottleneck_dim: its latents.
+        latent_init: "xavier" or "normal": see `perceiver.PerceiverConfig`, also for the next two.
+        normalize_query: False as in the assignment.
+        residual: False as in the assignment.
     """
 
     vocab_size: int
@@ -52,6 +62,11 @@ class GPTConfig:
     resid_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     ignore_index: int = -100
+    perceiver: bool = False
+    bottleneck_dim: int = 32
+    latent_init: str = "xavier"
+    normalize_query: bool = False
+    residual: bool = False
 
     def __init__(self, vocab_size: int, block_size: int, **kwargs: Any) -> None:
         """Set the attributes.
@@ -149,8 +164,8 @@ class GPT(nn.Module):
             config: all of `vocab_size`, `block_size`, `n_layer`, `n_head` and `n_embd` set.
 
         Raises:
-            ValueError: when a size is missing or below 1, `n_head` does not divide `n_embd`, or a dropout
-                probability is outside [0, 1].
+            ValueError: when a size is missing or below 1, `n_head` does not divide `n_embd`, a dropout
+                probability is outside [0, 1], or a bottleneck is wider than a sequence or without layers.
         """
         super().__init__()
         _check(config)
@@ -159,7 +174,10 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.block_size, config.n_embd))
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.blocks = nn.Sequential(*[Block(config) for _ in range(config.n_layer)])
+        if config.perceiver:
+            self.down_block, self.up_block = DownProjectBlock(config), UpProjectBlock(config)
+        blocks = config.n_layer - 2 if config.perceiver else config.n_layer
+        self.blocks = nn.Sequential(*[Block(config) for _ in range(blocks)])
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(_init_weights)
@@ -207,7 +225,9 @@ class GPT(nn.Module):
         except IndexError:
             raise _outside(idx, V) from None
         x = self.drop(x + self.pos_emb[:, :T])
-        x = self.ln_f(self.blocks(x))
+        perceiver = self.config.perceiver
+        x = self.up_block(self.blocks(self.down_block(x)), x) if perceiver else self.blocks(x)
+        x = self.ln_f(x)
         ignored = self.config.ignore_index
         if targets is not None and not return_logits:
             return None, linear_cross_entropy(x, self.head.weight, targets, ignore_index=ignored)
@@ -276,7 +296,7 @@ class GPT(nn.Module):
         masks = {
             f"{name}.mask"
             for name, module in model.named_modules()
-            if isinstance(module, CausalSelfAttention)
+            if isinstance(module, (CausalSelfAttention, CausalCrossAttention))
         }
         state = {name: w for name, w in pretrained.read_weights(folder).items() if name not in masks}
         pretrained.check_weights(folder, model.state_dict(), state)
@@ -291,6 +311,12 @@ def _check(config: GPTConfig) -> None:
             raise ValueError(
                 f"config.{name}={value!r} must be an integer >= 1; pass {name}= to the configuration"
             )
+    if config.perceiver and not 1 <= config.bottleneck_dim <= config.block_size:
+        rule = f"must be within 1..{config.block_size}, the block_size; latents beyond it see nothing"
+        raise ValueError(f"config.bottleneck_dim={config.bottleneck_dim!r} {rule}")
+    if config.perceiver and config.n_layer < 2:
+        rule = "must be at least 2 with perceiver=True; two are the bottleneck's"
+        raise ValueError(f"config.n_layer={config.n_layer} {rule}")
     for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
