@@ -41,7 +41,7 @@ class Feed:
     """The batches of a data set for one of several processes.
 
     Args:
-        dataset: has a length.
+        dataset: has a length; its `epoch`, if it has one, is set before each pass.
         config: batch size, seed and workers.
         sampling: order of the examples.
         batch_size: examples in this process's part of a batch.
@@ -88,6 +88,9 @@ class Feed:
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from the one with the number `start` on."""
         self.order.epoch, self.order.start = epoch, start
+        if hasattr(self.dataset, "epoch"):
+            # before workers get their copies
+            self.dataset.epoch = epoch
         # workers are seeded from it: the same in every epoch's repetition, whatever came before
         self._generator.manual_seed((self._seed + epoch) % 2**63)
         loaded = iter(self._loader)

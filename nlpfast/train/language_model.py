@@ -193,6 +193,7 @@ def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool)
         )
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    lines = f"{metadata['data']['used']:,} lines used, " if "data" in metadata else ""
     metadata |= {"vocabulary": vocabulary.chars, "options": dataclasses.asdict(options)}
     trainer = Trainer(
         *(model, train, config),
@@ -206,7 +207,7 @@ def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool)
         # dropout differs between processes
         set_seed((config.seed + trainer.processes.rank * 0x9E3779B97F4A7C15) % 2**63)
     return trainer, (
-        f"{source}: {len(tokens):,} characters, {len(vocabulary)} distinct; "
+        f"{source}: {lines}{len(tokens):,} characters, {len(vocabulary)} distinct; "
         f"GPT of {parameters:,} parameters; "
         f"{trainer.total_steps():,} steps on {config.device}, {config.dtype}"
     )

@@ -46,6 +46,7 @@ def test_training_prints_results_on_stdout_and_progress_on_stderr(tmp_path, caps
     assert [record["step"] for record in records] == [1, 5, 10, 15, 20]
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
     lines = err.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'text.txt'}: 30 lines used, 1,320 characters, ")
     assert lines[0].endswith("20 steps on cpu, float32")
     assert len(lines) == 1 + len(records)
     assert sorted(path.name for path in run.iterdir()) == ["best", "last", "last.previous", "log.jsonl"]

@@ -1,0 +1,193 @@
+r"""Questions and answers, and documents with a hole: the data of CS224N's assignment 5.
+
+    question   "Where was Ada Abbott born?⁇Rome⁇□□□"      the answer alone counts in the loss
+    document   "Ada Abb⁇n in Rome.⁇ott was bor⁇□□"        every character counts
+
+Both are strings of `block_size` characters, of which x are all but the last and y all but the first. ⁇ (MASK)
+marks where something is left out and where it comes; □ (PAD) fills up, and as a target it is what the loss
+ignores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nlpfast.data.lines import DataError
+from nlpfast.data.text import CharVocabulary
+
+__all__ = ["MASK", "PAD", "CharCorruptionDataset", "NameDataset", "corpus_vocabulary"]
+
+PAD, MASK = "\u25a1", "\u2047"
+# Numbers of PAD, the targets that do not count, and of MASK.
+PAD_ID, MASK_ID = 0, 1
+# Documents are cut to a random length, from so many characters on.
+SHORTEST = 4
+
+
+def corpus_vocabulary(documents: Iterable[str], source: str = "corpus") -> CharVocabulary:
+    r"""Return PAD, MASK, and all characters of a corpus in the order of their code points, \n among them.
+
+    Args:
+        documents: the lines of the corpus, without their ends.
+        source: what messages call the corpus, its file for example.
+
+    Raises:
+        DataError: PAD or MASK is in the corpus; names the line.
+    """
+    characters = {"\n"}
+    for number, document in enumerate(documents, 1):
+        for char in (PAD, MASK):
+            if char in document:
+                raise DataError(f"{source}:{number}: has {char!r}, which marks what is no text; remove it")
+        characters.update(document)
+    return CharVocabulary([PAD, MASK, *sorted(characters)])
+
+
+class NameDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Questions with their answers: item i is (x, y) of line i.
+
+    Attributes:
+        vocabulary: numbers of the characters.
+        block_size: length of an item's string.
+    """
+
+    def __init__(
+        self, rows: Sequence[str], vocabulary: CharVocabulary, block_size: int, *, source: str = "names"
+    ) -> None:
+        """Encode all lines.
+
+        Args:
+            rows: lines "question<TAB>answer", without their ends.
+            vocabulary: of the corpus.
+            block_size: the most characters that the model reads at once.
+            source: the file, for messages.
+
+        Raises:
+            DataError: a line without or with two answers, too long, or with a character that is not in the
+                vocabulary; names file and line.
+        """
+        self.vocabulary, self.block_size, self._source = vocabulary, block_size, source
+        self._x = torch.zeros(len(rows), block_size - 1, dtype=torch.int64)
+        self._y = torch.zeros(len(rows), block_size - 1, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            question, *answers = row.split("\t")
+            if len(answers) != 1:
+                found = f"{len(answers)} answers after the question"
+                raise DataError(f"{self.source(i)}: has {found}; write question, tab, answer")
+            text = question + MASK + answers[0] + MASK
+            if len(text) > block_size:
+                rule = f"block_size={block_size} takes {block_size - 2} with question and answer"
+                raise DataError(f"{self.source(i)}: has {len(text) - 2} characters, {rule}; shorten it")
+            try:
+                numbers = vocabulary.encode(text)
+            except DataError as error:
+                raise DataError(f"{self.source(i)}: {error}") from error
+            padded = torch.full((block_size,), PAD_ID)
+            padded[: len(text)] = numbers
+            self._x[i], self._y[i] = padded[:-1], padded[1:]
+            # the first target that counts is the mark before the answer
+            self._y[i, : max(len(question) - 1, 0)] = PAD_ID
+
+    def __len__(self) -> int:
+        """Return the number of lines."""
+        return len(self._x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return x and y, int64 [block_size - 1] each."""
+        return self._x[index], self._y[index]
+
+    def source(self, index: int) -> str:
+        """Return where an item is from, as ``file:line``."""
+        return f"{self._source}:{index + 1}"
+
+
+class CharCorruptionDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Documents with a hole: item i is a random cut of document i, with a random span moved to its end.
+
+    The cut has 4 to 7/8 of `block_size` characters, as far as the document has them, and the span a quarter
+    of the cut on average. Draws depend on the seed, the epoch and the index alone, whichever process makes
+    them.
+
+    The seed's code drew the span from the length that was asked for, not from what the document has: a short
+    one lost less than a quarter, often nothing, and a long one 0.233. ``compat="seed"`` draws like that.
+
+    Attributes:
+        vocabulary: numbers of the characters.
+        block_size: length of an item's string.
+        epoch: of the draws.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[str],
+        vocabulary: CharVocabulary,
+        block_size: int,
+        *,
+        seed: int = 0,
+        compat: str | None = None,
+        source: str = "corpus",
+    ) -> None:
+        """Keep the documents.
+
+        Args:
+            documents: lines of the corpus, without their ends.
+            vocabulary: of the corpus.
+            block_size: the most characters that the model reads at once, at least 6.
+            seed: of the draws, below 2^64.
+            compat: "seed" for the distribution of the seed's code.
+            source: the file, for messages.
+
+        Raises:
+            ValueError: `block_size` is below 6, or `compat` is unknown.
+            DataError: there is no document.
+        """
+        if block_size < SHORTEST + 2:
+            rule = f"must be at least {SHORTEST + 2}; two marks take part of it"
+            raise ValueError(f"block_size={block_size} {rule}")
+        if compat not in (None, "seed"):
+            raise ValueError(f"compat={compat!r} must be None or 'seed'; pass one of them")
+        if not documents:
+            raise DataError(f"{source}: has no documents; give a corpus with one a line")
+        self.documents, self.vocabulary, self.block_size = documents, vocabulary, block_size
+        self.epoch, self._seed, self._compat, self._source = 0, seed, compat, source
+        self._longest = min(block_size * 7 // 8, block_size - 2)
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return x and y, int64 [block_size - 1] each."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside the {len(self)} documents")
+        # as many streams as there are numbers: nothing is drawn twice
+        stream = np.random.Philox(key=self._seed, counter=[0, index, self.epoch, 0])
+        start, stop, cut = self._span(self.documents[index], np.random.Generator(stream))
+        text = cut[:start] + MASK + cut[stop:] + MASK + cut[start:stop]
+        numbers = torch.full((self.block_size,), PAD_ID)
+        numbers[: len(text)] = self.vocabulary.encode(text)
+        return numbers[:-1], numbers[1:]
+
+    def _span(self, document: str, draws: np.random.Generator) -> tuple[int, int, str]:
+        """Return where the span begins and ends, and the cut that it is of."""
+        length = int(draws.integers(SHORTEST, self._longest, endpoint=True))
+        cut = document[:length]
+        if self._compat == "seed":
+            quarter = length // 4
+            size, starts = int(draws.integers(1, 2 * quarter)), length - quarter + 1
+        else:
+            # a whole number, whose mean is a quarter of what there is
+            quarter = len(cut) // 4 + int(draws.random() < len(cut) % 4 / 4)
+            size = min(int(draws.integers(1, 2 * max(quarter, 1))), len(cut))
+            starts = len(cut) - size + 1
+        start = int(draws.integers(starts))
+        return min(start, len(cut)), min(start + size, len(cut)), cut
+
+    def source(self, index: int) -> str:
+        """Return where an item is from, as ``file:line``."""
+        return f"{self._source}:{index + 1}"
