@@ -1,13 +1,17 @@
 """A function in a forked process, for what ends a process."""
 
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 DID_NOT_END, RAISED = 98, 99
+LIMIT_SECONDS = 120
 
 
 def run_forked(function: Callable[[], object], folder: Path) -> tuple[int, str, str]:
@@ -28,6 +32,10 @@ def run_forked(function: Callable[[], object], folder: Path) -> tuple[int, str, 
         child = os.fork()
     if child == 0:
         code = RAISED
+        # a fork lacks the threads of its parent's pool, and would wait for them
+        torch.set_num_threads(1)
+        # what hangs all the same ends here
+        signal.alarm(LIMIT_SECONDS)
         try:
             for descriptor, path in enumerate(paths, 1):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
