@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,14 @@ def generate(
     idx: Tensor,
     max_new_tokens: int,
     *,
+    lengths: Tensor | None = None,
+    prefix: bool = False,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     greedy: bool = False,
     generator: torch.Generator | None = None,
+    use_cache: bool = True,
 ) -> Tensor:
     """Append `max_new_tokens` tokens to each prompt, one at a time.
 
@@ -50,19 +53,26 @@ def generate(
         logits = model(idx[:, -model.block_size :])[0][:, -1]
         token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)  # or logits.argmax(-1)
 
+    A model that has ``can_cache`` true, as GPT, reads each token once, by its ``prefill`` and ``decode``,
+    until a sequence is longer than `model.block_size`: from there on every step moves all of its positions.
+
     Args:
         model: callable that returns `(logits, loss)` and has a `block_size`.
-        idx: prompts [B, T], int64 or int32, T >= 1; all rows have the same length.
+        idx: prompts [B, T], int64 or int32, T >= 1; shorter ones are filled up at their ends with anything.
         max_new_tokens: how many tokens to append, >= 0.
+        lengths: tokens of each prompt, int64 [B], within 1..T; None where all have T.
+        prefix: the prompts are seen in both directions, as a model with `prefix_lengths` was trained.
         temperature: divides the logits, > 0; below 1 sharpens the distribution.
         top_k: sample from the `top_k` most probable tokens only, >= 1; None for all.
         top_p: sample from the smallest set of tokens with probability mass >= `top_p`, in (0, 1]; None for
             all. With `top_k` as well, the mass is that of the distribution after `top_k`.
         greedy: take the most probable token; `temperature`, `top_k`, `top_p` and `generator` have no effect.
         generator: source of the random numbers, on the device of `idx`; None for torch's global one.
+        use_cache: False reads all tokens in every step, also where the model has a cache.
 
     Returns:
-        [B, T + max_new_tokens], the dtype and the device of `idx`; the first T columns are the prompt.
+        [B, T + max_new_tokens], the dtype and the device of `idx`: each prompt, its new tokens right after
+        it, and 0 from there on.
 
     Raises:
         ValueError: when an argument is outside its range, or the model returns NaN.
@@ -77,20 +87,78 @@ def generate(
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be >= 0; 0 returns the prompt")
     _check_sampling(temperature, top_k, top_p)
-    B, T = idx.shape
-    out = idx.new_empty(B, T + max_new_tokens)
-    out[:, :T] = idx
+    text = _Text(model, idx, lengths, max_new_tokens, prefix, use_cache)
     with _evaluation_mode(model):
-        for end in range(T, T + max_new_tokens):
-            logits = model(out[:, max(0, end - model.block_size) : end])[0][:, -1]  # [B, V]
+        for _ in range(max_new_tokens):
+            logits = text.next_logits()
             if bool(logits.isnan().any()):
-                raise ValueError(f"the model returned NaN logits for token {end}; its weights are not usable")
+                raise ValueError(
+                    f"the model returned NaN logits for token {text.longest}; its weights are not usable"
+                )
             if greedy:
-                out[:, end] = logits.argmax(dim=-1)
+                text.append(logits.argmax(dim=-1))
             else:
                 probs = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-                out[:, end] = torch.multinomial(probs, 1, generator=generator)[:, 0]
-    return out
+                text.append(torch.multinomial(probs, 1, generator=generator)[:, 0])
+    return text.tokens
+
+
+class _Text:
+    """The sequences that are written, and what the model has read of them."""
+
+    def __init__(
+        self,
+        model: Any,
+        idx: Tensor,
+        lengths: Tensor | None,
+        room: int,
+        prefix: bool,
+        use_cache: bool,
+    ) -> None:
+        B, T = idx.shape
+        if lengths is None:
+            lengths = torch.full((B,), T, device=idx.device)
+        elif lengths.shape != (B,) or bool(((lengths < 1) | (lengths > T)).any()):
+            raise ValueError(
+                f"lengths={lengths.tolist()} must be one number within 1..{T} for each of {B} rows"
+            )
+        self.model, self.prompts, self.prefix = model, lengths, prefix
+        self.cached, self.cache = use_cache and getattr(model, "can_cache", False), None
+        self.rows, self.ends, self.longest = torch.arange(B, device=idx.device), lengths, int(lengths.max())
+        self.tokens = idx.new_zeros(B, T + room)
+        self.tokens[:, :T] = idx.masked_fill(torch.arange(T, device=idx.device) >= lengths[:, None], 0)
+
+    def next_logits(self) -> Tensor:
+        """Return the logits of the token after each sequence, [B, V]."""
+        if not self.cached or self.longest > self.model.block_size:
+            return self._read_again()
+        if self.cache is None:
+            prefix = {"prefix_lengths": self.prompts} if self.prefix else {}
+            logits, self.cache = self.model.prefill(self.tokens[:, : self.longest], self.ends, **prefix)
+            return logits
+        return self.model.decode(self.tokens[self.rows, self.ends - 1], self.cache)
+
+    def _read_again(self) -> Tensor:
+        """Return the logits after the last block of each sequence; those of one length are read together."""
+        found = None
+        sizes = self.ends.clamp(max=self.model.block_size)
+        for size in sizes.unique().tolist():
+            rows = self.rows[sizes == size]
+            starts = self.ends[rows] - size
+            window = self.tokens[rows[:, None], starts[:, None] + torch.arange(size, device=rows.device)]
+            prefix = {"prefix_lengths": (self.prompts[rows] - starts).clamp(min=0)} if self.prefix else {}
+            logits = self.model(window, **prefix)[0][:, -1]
+            if found is None:
+                found = logits.new_empty(len(self.ends), logits.shape[1])
+            found[rows] = logits
+        assert found is not None
+        return found
+
+    def append(self, tokens: Tensor) -> None:
+        """Write one token more of each sequence, [B]."""
+        self.tokens[self.rows, self.ends] = tokens.to(self.tokens.dtype)
+        self.ends = self.ends + 1
+        self.longest += 1
 
 
 def next_token_probabilities(

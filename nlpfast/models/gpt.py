@@ -3,127 +3,38 @@
     tokens -> tok_emb + pos_emb -> drop -> Block x n_layer -> ln_f -> head -> logits
 
 With `perceiver` the first and the last layer are those of a bottleneck (perceiver.py), and the blocks between
-them work on its `bottleneck_dim` latents. Such a model sees the tokens from there on in their own positions
-alone.
+them work on its `bottleneck_dim` latents, m. Such a model does not see tokens >= m through the bottleneck:
+each of them is seen in its own position alone.
 
 A block adds twice to its input: attention over the positions so far, then a two-layer network at each
 position; both read a layer-normalised copy (pre-norm). Sources: Radford et al. 2018, "Improving Language
 Understanding by Generative Pre-Training"; Radford et al. 2019, "Language Models are Unsupervised Multitask
 Learners" (pre-norm).
 
-Shapes: B batch, T sequence length, C channels (n_embd), V vocabulary.
+Shapes: B batch, T sequence length, C channels (n_embd), V vocabulary, N tokens of a packed batch.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlpfast.models import pretrained
-from nlpfast.models.perceiver import DownProjectBlock, UpProjectBlock
+from nlpfast.models.gpt_cache import GPTCache
+from nlpfast.models.gpt_config import GPT1Config, GPTConfig, OptimizerOptions, check_call, check_config
+from nlpfast.models.perceiver import DownProjectBlock, RecentTokensBlock, UpProjectBlock
 from nlpfast.nn import CausalCrossAttention, CausalSelfAttention
+from nlpfast.nn.key_value_cache import KeyValueCache
+from nlpfast.nn.packing import Packing
 from nlpfast.ops.cross_entropy import cross_entropy
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["GPT", "Block", "GPT1Config", "GPTConfig", "OptimizerOptions"]
-
-
-class GPTConfig:
-    """The sizes of a GPT; every keyword becomes an attribute.
-
-    Attributes:
-        vocab_size: V.
-        block_size: longest sequence.
-        n_layer: number of blocks.
-        n_head: attention heads, a divisor of `n_embd`.
-        n_embd: channels, C.
-        embd_pdrop: dropout after the embeddings.
-        resid_pdrop: dropout of what a block adds.
-        attn_pdrop: dropout of the attention probabilities.
-        ignore_index: targets with this value do not count in the loss.
-        perceiver: whether there is a bottleneck, in the place of the first and the last block.
-        bottleneck_dim: its latents.
-        latent_init: "xavier" or "normal": see `perceiver.PerceiverConfig`, also for the next two.
-        normalize_query: False as in the assignment.
-        residual: False as in the assignment.
-    """
-
-    vocab_size: int
-    block_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    embd_pdrop: float = 0.1
-    resid_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    ignore_index: int = -100
-    perceiver: bool = False
-    bottleneck_dim: int = 32
-    latent_init: str = "xavier"
-    normalize_query: bool = False
-    residual: bool = False
-
-    def __init__(self, vocab_size: int, block_size: int, **kwargs: Any) -> None:
-        """Set the attributes.
-
-        Args:
-            vocab_size: V.
-            block_size: longest sequence.
-            **kwargs: further attributes; names that are not listed above are kept as they are.
-
-        Raises:
-            ValueError: when a keyword is almost, but not quite, one of the names above.
-        """
-        self.vocab_size = vocab_size
-        self.block_size = block_size
-        known = list(GPTConfig.__annotations__)
-        for name, value in kwargs.items():
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-            if near and name not in known and not hasattr(self, name):
-                raise ValueError(
-                    f"{name}={value!r} is not a field of {type(self).__name__}; write {near[0]}={value!r}"
-                )
-            setattr(self, name, value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields by name, class defaults included.
-
-        Raises:
-            ValueError: when a field is not a number, a string, a truth value or None, as config.json holds no
-                others.
-        """
-        defaults = [name for cls in reversed(type(self).__mro__) for name in vars(cls)]
-        names = dict.fromkeys([*GPTConfig.__annotations__, *defaults, *vars(self)])
-        fields = {name: getattr(self, name) for name in names if name[0] != "_" and hasattr(self, name)}
-        fields = {name: value for name, value in fields.items() if not callable(value)}
-        for name, value in fields.items():
-            if not isinstance(value, (int, float, str, type(None))):
-                raise ValueError(
-                    f"config.{name} is a {type(value).__name__}, expected a number, a string, a bool or "
-                    "None; remove it before saving"
-                )
-        return fields
-
-
-class GPT1Config(GPTConfig):
-    """The first GPT: 12 layers, 12 heads, 768 channels (Radford et al. 2018)."""
-
-    n_layer = 12
-    n_head = 12
-    n_embd = 768
-
-
-class OptimizerOptions(Protocol):
-    """What `GPT.configure_optimizers` reads from a training configuration."""
-
-    learning_rate: float
-    betas: tuple[float, float]
-    weight_decay: float
+__all__ = ["GPT", "Block", "GPT1Config", "GPTCache", "GPTConfig", "OptimizerOptions"]
 
 
 class Block(nn.Module):
@@ -142,9 +53,19 @@ class Block(nn.Module):
             nn.Dropout(config.resid_pdrop),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the next layer's input; [B, T, C] -> [B, T, C]."""
-        x = x + self.attn(self.ln1(x))
+    def forward(
+        self,
+        x: Tensor,
+        layer_past: KeyValueCache | None = None,
+        *,
+        prefix_lengths: Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """Return the next layer's input; [B, T, C] -> [B, T, C], or [N, C] -> [N, C] with `packing`.
+
+        The options are those of `CausalSelfAttention`.
+        """
+        x = x + self.attn(self.ln1(x), layer_past, prefix_lengths=prefix_lengths, packing=packing)
         x = x + self.mlp(self.ln2(x))
         return x
 
@@ -168,15 +89,20 @@ class GPT(nn.Module):
                 probability is outside [0, 1], or a bottleneck is wider than a sequence or without layers.
         """
         super().__init__()
-        _check(config)
+        check_config(config)
         self.config = config
         self.block_size = config.block_size
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.block_size, config.n_embd))
         self.drop = nn.Dropout(config.embd_pdrop)
-        if config.perceiver:
+        self._recent = config.perceiver and config.causal_align == "bottom_right"
+        blocks = config.n_layer
+        if self._recent:
+            self.recent_block = RecentTokensBlock(config)
+            blocks -= 1
+        elif config.perceiver:
             self.down_block, self.up_block = DownProjectBlock(config), UpProjectBlock(config)
-        blocks = config.n_layer - 2 if config.perceiver else config.n_layer
+            blocks -= 2
         self.blocks = nn.Sequential(*[Block(config) for _ in range(blocks)])
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -186,53 +112,147 @@ class GPT(nn.Module):
         """Return the longest sequence that the model reads, `block_size`."""
         return self.block_size
 
+    @property
+    def can_cache(self) -> bool:
+        """Return whether there are `prefill` and `decode`: in Perceiver AR every token moves all latents."""
+        return not self._recent
+
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        return_logits: bool = True,
+        prefix_lengths: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the logits of the token after each position, and the loss if targets are given.
 
         The loss is ``F.cross_entropy(logits.view(-1, V), targets.view(-1),
-        ignore_index=config.ignore_index)``, in float32.
+        ignore_index=config.ignore_index)``, in float32. A packed batch gives the loss and the gradients of
+        the padded one whose further targets do not count, without computing them.
 
         Args:
-            idx: tokens [B, T], int64 or int32, 0 <= idx < V, T <= block_size.
-            targets: the tokens that follow, int64 [B, T]; `config.ignore_index` where none counts.
+            idx: tokens [B, T], int64 or int32, 0 <= idx < V, T <= block_size; [N] with `packing`.
+            targets: the tokens that follow, int64, of the shape of `idx`; `config.ignore_index` where none
+                counts.
             return_logits: without, and with targets, the loss alone is computed, by ``linear_cross_entropy``,
                 and there are never all logits at once; hooks of `head` are not called.
+            prefix_lengths: int64 [B]; tokens before are seen from everywhere (UniLM, Dong et al. 2019), so
+                that their targets should not count. Without a bottleneck.
+            packing: `idx` has several sequences, one after the other.
 
         Returns:
-            logits [B, T, V] and a scalar loss, or None in the place of each that was not asked for.
+            logits [B, T, V], or [N, V], and a scalar loss, or None in the place of each that was not asked
+            for. With ``causal_align="bottom_right"`` they are of the last min(T, m) positions.
 
         Raises:
-            ValueError: when the shapes do not fit, T > block_size, or (on the CPU) a token is outside the
-                vocabulary; a GPU stops with its own assertion in that case.
+            ValueError: when the shapes do not fit, T > block_size, an option is not served by the model, or
+                (on the CPU) a token is outside the vocabulary; a GPU stops with its own assertion in that
+                case.
         """
-        if idx.dim() != 2:
-            raise ValueError(f"idx has shape {list(idx.shape)}, expected [B, T]; add the batch dimension")
-        T = idx.shape[1]
-        if self.block_size < T:
-            raise ValueError(
-                f"idx has T={T} tokens a row, block_size={self.block_size} is the most this model reads; "
-                "crop idx or build the model with a larger block_size"
-            )
-        if targets is not None and targets.shape != idx.shape:
-            raise ValueError(
-                f"targets has shape {list(targets.shape)}, idx {list(idx.shape)}; both must be [B, T]"
-            )
-        V = self.config.vocab_size
-        try:
-            x = self.tok_emb(idx)  # [B, T, C]
-        except IndexError:
-            raise _outside(idx, V) from None
-        x = self.drop(x + self.pos_emb[:, :T])
-        perceiver = self.config.perceiver
-        x = self.up_block(self.blocks(self.down_block(x)), x) if perceiver else self.blocks(x)
-        x = self.ln_f(x)
+        check_call(self.config, idx, targets, prefix_lengths, packing)
+        x = self.ln_f(self._last_layer(idx, prefix_lengths, packing))
+        if targets is not None and self._recent:
+            targets = targets[:, -x.shape[1] :]
         ignored = self.config.ignore_index
         if targets is not None and not return_logits:
             return None, linear_cross_entropy(x, self.head.weight, targets, ignore_index=ignored)
-        logits = self.head(x)  # [B, T, V]
+        logits = self.head(x)
         return logits, None if targets is None else cross_entropy(logits, targets, ignore_index=ignored)
+
+    def _last_layer(
+        self,
+        idx: Tensor,
+        prefix_lengths: Tensor | None = None,
+        packing: Packing | None = None,
+        cache: GPTCache | None = None,
+    ) -> Tensor:
+        """Return what the last layer gives, [B, T, C] or [N, C]."""
+        x = self._embedded(idx, packing)
+        if not self.config.perceiver:
+            return self._through_blocks(x, cache, prefix_lengths=prefix_lengths, packing=packing)
+        if self._recent:
+            return self._through_blocks(self.recent_block(x))
+        if packing is not None:
+            latents, of_latents = self.down_block.packed(x, packing)
+            y = self._through_blocks(latents, packing=of_latents)
+            out: Tensor = self.up_block(y, x, packing=packing, kv_packing=of_latents)
+            return out
+        y = self._through_blocks(self.down_block(x, cache and cache.down), cache)
+        out = self.up_block(y, x, layer_past=cache and cache.up)
+        return out
+
+    def _embedded(self, idx: Tensor, packing: Packing | None) -> Tensor:
+        try:
+            x = self.tok_emb(idx)
+        except IndexError:
+            raise _outside(idx, self.config.vocab_size) from None
+        if packing is None:
+            x = x + self.pos_emb[:, : idx.shape[1]]
+        else:
+            x = x + F.embedding(packing.positions(len(idx)), self.pos_emb[0])
+        out: Tensor = self.drop(x)
+        return out
+
+    def _through_blocks(self, x: Tensor, cache: GPTCache | None = None, **options: Any) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x, cache and cache.layers[number], **options)
+        return x
+
+    def prefill(
+        self, idx: Tensor, lengths: Tensor, *, prefix_lengths: Tensor | None = None
+    ) -> tuple[Tensor, GPTCache]:
+        """Read prompts, and return the logits of the token after each, and what `decode` goes on from.
+
+        Args:
+            idx: prompts [B, T], the shorter ones filled up at their ends.
+            lengths: tokens of each prompt, int64 [B], 1..T.
+            prefix_lengths: see `forward`.
+
+        Returns:
+            logits [B, V], and the keys and values of all layers.
+
+        Raises:
+            ValueError: as `forward`, or the model has no cache.
+        """
+        check_call(self.config, idx, None, prefix_lengths, None)
+        if self._recent:
+            rule = "every token moves all of its latents; read the last block_size tokens again"
+            raise ValueError(f"config.causal_align='bottom_right' has no cache: {rule}")
+        cache = GPTCache(self.config, lengths)
+        x = self._last_layer(idx, prefix_lengths, cache=cache)
+        rows = torch.arange(len(idx), device=idx.device)
+        return self.head(self.ln_f(x[rows, lengths - 1])), cache
+
+    def decode(self, tokens: Tensor, cache: GPTCache) -> Tensor:
+        """Read one token more of each sequence, and return the logits of the next.
+
+        Args:
+            tokens: int64 or int32 [B].
+            cache: of `prefill`; gets the token's keys and values. With a bottleneck all of whose latents are
+                there, a step computes one layer, over m keys.
+
+        Returns:
+            logits [B, V].
+
+        Raises:
+            ValueError: when a sequence has `block_size` tokens already.
+        """
+        if cache.longest >= self.block_size:
+            fix = "read the last of them again, by prefill"
+            raise ValueError(f"cache has {cache.longest} tokens, block_size={self.block_size}: {fix}")
+        x = self.tok_emb(tokens) + self.pos_emb[0, cache.lengths]
+        x = self.drop(x)[:, None]
+        if not self.config.perceiver:
+            x = self._through_blocks(x, cache)
+        else:
+            y = None
+            if cache.shortest < self.config.bottleneck_dim:
+                y = self._through_blocks(self.down_block(x, cache.down), cache)
+            x = self.up_block(y, x, layer_past=cache.up)
+        cache.advance()
+        return self.head(self.ln_f(x[:, 0]))
 
     def configure_optimizers(self, train_config: OptimizerOptions) -> torch.optim.AdamW:
         """Return AdamW that decays the weights of linear layers, and nothing else.
@@ -304,25 +324,6 @@ class GPT(nn.Module):
         return model.eval()
 
 
-def _check(config: GPTConfig) -> None:
-    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-        value = getattr(config, name, None)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"config.{name}={value!r} must be an integer >= 1; pass {name}= to the configuration"
-            )
-    if config.perceiver and not 1 <= config.bottleneck_dim <= config.block_size:
-        rule = f"must be within 1..{config.block_size}, the block_size; latents beyond it see nothing"
-        raise ValueError(f"config.bottleneck_dim={config.bottleneck_dim!r} {rule}")
-    if config.perceiver and config.n_layer < 2:
-        rule = "must be at least 2 with perceiver=True; two are the bottleneck's"
-        raise ValueError(f"config.n_layer={config.n_layer} {rule}")
-    for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
-        value = getattr(config, name)
-        if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-            raise ValueError(f"config.{name}={value!r} must be a probability in [0, 1]; 0 turns dropout off")
-
-
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -331,8 +332,8 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _outside(idx: Tensor, V: int) -> ValueError:
-    b, t = ((idx < 0) | (idx >= V)).nonzero()[0].tolist()
+    place = ((idx < 0) | (idx >= V)).nonzero()[0].tolist()
     return ValueError(
-        f"idx[{b}, {t}] is {int(idx[b, t])}, outside the vocabulary 0..{V - 1}; "
+        f"idx{place} is {int(idx[tuple(place)])}, outside the vocabulary 0..{V - 1}; "
         "encode the text with the vocabulary the model was built for"
     )

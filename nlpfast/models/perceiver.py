@@ -7,8 +7,16 @@ from such a mask, aligned at the top left. The tokens from m on are seen by no l
 nothing of them, they are neither normalised nor projected there, and their gradient through it is exactly 0.
 And with fewer than m tokens the latents from T on are seen by no token, so that they are not computed.
 
-Shapes: B batch, T tokens, C channels (n_embd), m latents (bottleneck_dim). Source: Jaegle et al.,
-    "Perceiver", 2021.
+Two things more follow for writing text. A latent does not change once its tokens are there, so with m of them
+a further token costs one query over m keys. And such a model cannot remember in its latents what came later:
+token t >= m is predicted from the first m tokens and from token t itself.
+
+`RecentTokensBlock` is the other bottleneck, of Perceiver AR: the last m tokens look at all before them, the
+mask is aligned at the bottom right, and only they are predicted from.
+
+Shapes: B batch, T tokens, C channels (n_embd), m latents (bottleneck_dim), N rows of a packed batch. Sources:
+Jaegle et al. 2021, "Perceiver: General Perception with Iterative Attention"; Hawthorne et al. 2022,
+"General-purpose, long-context autoregressive modeling with Perceiver AR".
 """
 
 from __future__ import annotations
@@ -16,11 +24,14 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlpfast.nn import CausalCrossAttention
+from nlpfast.nn.key_value_cache import KeyValueCache
+from nlpfast.nn.packing import Packing
 
-__all__ = ["DownProjectBlock", "PerceiverConfig", "UpProjectBlock"]
+__all__ = ["DownProjectBlock", "PerceiverConfig", "RecentTokensBlock", "UpProjectBlock"]
 
 LATENT_INITS = ("xavier", "normal")
 
@@ -89,8 +100,60 @@ class DownProjectBlock(nn.Module):
         self.attn = CausalCrossAttention(config)
         self.mlp = _mlp(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer_past: KeyValueCache | None = None) -> Tensor:
         """Return the latents that tokens can see.
+
+        Args:
+            x: tokens [B, T, C].
+            layer_past: keys of the tokens before, with T = 1; an empty one is filled with those of `x`.
+
+        Returns:
+            [B, min(m, T), C]; with keys in `layer_past` the one latent that the new token brings, [B, 1, C],
+            which is of no use where a sequence has all of its latents.
+        """
+        m = self.C.shape[1]
+        if layer_past is not None and layer_past.longest:
+            latents = self.C[0, layer_past.lengths.clamp(max=m - 1)][:, None]
+        else:
+            latents = self.C[:, : min(x.shape[1], m)]
+            x = x[:, :m]
+        h: Tensor = self.attn(x_kv=self.ln1(x), x_q=self.ln1(latents), layer_past=layer_past)
+        return h + self.mlp(self.ln2(h))
+
+    def packed(self, x: Tensor, packing: Packing) -> tuple[Tensor, Packing]:
+        """Return the latents that tokens can see, of packed sequences.
+
+        Args:
+            x: tokens [N, C].
+            packing: of `x`.
+
+        Returns:
+            Latents of all sequences, at most m and at most as many as it has tokens of each, and their
+            packing.
+        """
+        m = self.C.shape[1]
+        positions = packing.positions(len(x))
+        of_latents = packing.cut(m)
+        seen = positions < m
+        latents = F.embedding(positions[seen], self.ln1(self.C[0]))
+        h: Tensor = self.attn(self.ln1(x[seen]), latents, packing=of_latents, kv_packing=of_latents)
+        return h + self.mlp(self.ln2(h)), of_latents
+
+
+class RecentTokensBlock(nn.Module):
+    """The last m tokens, which look at all: ``h = x + attn(ln1(all), ln1(x))``, then ``h + mlp(ln2(h))``."""
+
+    def __init__(self, config: PerceiverConfig) -> None:
+        """Build attention and network."""
+        super().__init__()
+        self.m = config.bottleneck_dim
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalCrossAttention(config, "bottom_right")
+        self.mlp = _mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the representation of the last tokens.
 
         Args:
             x: tokens [B, T, C].
@@ -98,9 +161,10 @@ class DownProjectBlock(nn.Module):
         Returns:
             [B, min(m, T), C].
         """
-        seen = min(x.shape[1], self.C.shape[1])
-        h: Tensor = self.attn(x_kv=self.ln1(x[:, :seen]), x_q=self.ln1(self.C[:, :seen]))
-        return h + self.mlp(self.ln2(h))
+        normal = self.ln1(x)
+        h = x[:, -self.m :] + self.attn(x_kv=normal, x_q=normal[:, -self.m :])
+        out: Tensor = h + self.mlp(self.ln2(h))
+        return out
 
 
 class UpProjectBlock(nn.Module):
@@ -115,18 +179,36 @@ class UpProjectBlock(nn.Module):
         self.mlp = _mlp(config)
         self.normalize_query, self.residual = config.normalize_query, config.residual
 
-    def forward(self, y: Tensor, x_input: Tensor) -> Tensor:
+    def forward(
+        self,
+        y: Tensor | None,
+        x_input: Tensor,
+        *,
+        layer_past: KeyValueCache | None = None,
+        packing: Packing | None = None,
+        kv_packing: Packing | None = None,
+    ) -> Tensor:
         """Return the tokens' next representation.
 
         Args:
-            y: latents [B, m, C], or as many as there are tokens.
-            x_input: tokens [B, T, C], what the down block was given.
+            y: latents [B, m, C], or as many as there are tokens; [Ny, C] with `packing`. Where `layer_past`
+                has keys one latent more, or None.
+            x_input: tokens [B, T, C], what the down block was given; [N, C] with `packing`.
+            layer_past: keys of the latents so far; T is 1 then. An empty one is filled with those of `y`.
+            packing: of `x_input`.
+            kv_packing: of `y`.
 
         Returns:
-            [B, T, C].
+            [B, T, C], or [N, C].
         """
         query = self.ln1(x_input) if self.normalize_query else x_input
-        h: Tensor = self.attn(x_kv=self.ln1(y), x_q=query)
+        h: Tensor = self.attn(
+            x_kv=None if y is None else self.ln1(y),
+            x_q=query,
+            layer_past=layer_past,
+            packing=packing,
+            kv_packing=kv_packing,
+        )
         if self.residual:
             h = x_input + h
         return h + self.mlp(self.ln2(h))

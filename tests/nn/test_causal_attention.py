@@ -98,7 +98,8 @@ def test_what_the_op_is_given(monkeypatch, training, pdrop, expected):
     layer = module(attn_pdrop=pdrop).train(training)
     layer.backend = "some"
     tensors, options = recorded_call(monkeypatch, layer)
-    assert options == {"dropout_p": expected, "is_causal": True, "backend": "some"}
+    causal = {"is_causal": True, "causal_align": "top_left", "prefix_lengths": None}
+    assert options == {"dropout_p": expected, **causal, "backend": "some"}
     for x in tensors:
         # a transposed view of a projection, not a copy
         assert x.shape == (B, H, T, C // H) and x.stride() == (T * C, C // H, C, 1)
