@@ -20,13 +20,16 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def add_options(parser: argparse.ArgumentParser, settings: type, title: str) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, settings: type, title: str, *, underscores: bool = False
+) -> None:
     """Add an option for every field of a dataclass whose fields were declared with `option`.
 
     Args:
         parser: gets the options, in a group.
         settings: the dataclass.
         title: of the group in the help.
+        underscores: options also have the names of the fields: `--max_steps`.
     """
     group = parser.add_argument_group(title)
     hints = get_type_hints(settings)
@@ -50,7 +53,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type, title: str) -> 
             if field.default is not None:
                 default: Any = field.default
                 text += f" [{' '.join(map(str, default)) if len(kinds) > 1 else default}]"
-        group.add_argument(option_name(field.name), help=text.replace("%", "%%"), **arguments)
+        names = dict.fromkeys((option_name(field.name), *([f"--{field.name}"] if underscores else [])))
+        group.add_argument(*names, help=text.replace("%", "%%"), **arguments)
 
 
 def given(settings: type[Any], args: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,10 @@ r"""Questions and answers, and documents with a hole: the data of CS224N's assig
 Both are strings of `block_size` characters, of which x are all but the last and y all but the first. ⁇ (MASK)
 marks where something is left out and where it comes; □ (PAD) fills up, and as a target it is what the loss
 ignores.
+
+With `prefix` the question with its mark, and the document with its hole and both marks, are given to the
+model to read in both directions (UniLM, Dong et al. 2019). What is to be written alone counts then, and an
+item has the length of its prefix as a third part.
 """
 
 from __future__ import annotations
@@ -20,7 +24,16 @@ from torch.utils.data import Dataset
 from nlpfast.data.lines import DataError
 from nlpfast.data.text import CharVocabulary
 
-__all__ = ["MASK", "PAD", "CharCorruptionDataset", "NameDataset", "corpus_vocabulary"]
+__all__ = [
+    "MASK",
+    "PAD",
+    "PAD_ID",
+    "CharCorruptionDataset",
+    "NameDataset",
+    "corpus_vocabulary",
+    "packed",
+    "padded",
+]
 
 PAD, MASK = "\u25a1", "\u2047"
 # Numbers of PAD, the targets that do not count, and of MASK.
@@ -48,8 +61,8 @@ def corpus_vocabulary(documents: Iterable[str], source: str = "corpus") -> CharV
     return CharVocabulary([PAD, MASK, *sorted(characters)])
 
 
-class NameDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Questions with their answers: item i is (x, y) of line i.
+class NameDataset(Dataset[tuple[Tensor, ...]]):
+    """Questions with their answers: item i is (x, y), or (x, y, length of the prefix), of line i.
 
     Attributes:
         vocabulary: numbers of the characters.
@@ -57,7 +70,13 @@ class NameDataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(
-        self, rows: Sequence[str], vocabulary: CharVocabulary, block_size: int, *, source: str = "names"
+        self,
+        rows: Sequence[str],
+        vocabulary: CharVocabulary,
+        block_size: int,
+        *,
+        prefix: bool = False,
+        source: str = "names",
     ) -> None:
         """Encode all lines.
 
@@ -65,6 +84,7 @@ class NameDataset(Dataset[tuple[Tensor, Tensor]]):
             rows: lines "question<TAB>answer", without their ends.
             vocabulary: of the corpus.
             block_size: the most characters that the model reads at once.
+            prefix: questions are read in both directions.
             source: the file, for messages.
 
         Raises:
@@ -74,6 +94,7 @@ class NameDataset(Dataset[tuple[Tensor, Tensor]]):
         self.vocabulary, self.block_size, self._source = vocabulary, block_size, source
         self._x = torch.zeros(len(rows), block_size - 1, dtype=torch.int64)
         self._y = torch.zeros(len(rows), block_size - 1, dtype=torch.int64)
+        self._prefixes = torch.zeros(len(rows), dtype=torch.int64) if prefix else None
         for i, row in enumerate(rows):
             question, *answers = row.split("\t")
             if len(answers) != 1:
@@ -90,24 +111,29 @@ class NameDataset(Dataset[tuple[Tensor, Tensor]]):
             padded = torch.full((block_size,), PAD_ID)
             padded[: len(text)] = numbers
             self._x[i], self._y[i] = padded[:-1], padded[1:]
-            # the first target that counts is the mark before the answer
-            self._y[i, : max(len(question) - 1, 0)] = PAD_ID
+            # the first target that counts is the mark before the answer, unless that is seen beforehand
+            self._y[i, : max(len(question) - 1 + prefix, 0)] = PAD_ID
+            if self._prefixes is not None:
+                self._prefixes[i] = len(question) + 1
 
     def __len__(self) -> int:
         """Return the number of lines."""
         return len(self._x)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return x and y, int64 [block_size - 1] each."""
-        return self._x[index], self._y[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """Return x and y, int64 [block_size - 1] each, and perhaps the length of the prefix."""
+        prefix = () if self._prefixes is None else (self._prefixes[index],)
+        return self._x[index], self._y[index], *prefix
 
     def source(self, index: int) -> str:
         """Return where an item is from, as ``file:line``."""
         return f"{self._source}:{index + 1}"
 
 
-class CharCorruptionDataset(Dataset[tuple[Tensor, Tensor]]):
+class CharCorruptionDataset(Dataset[tuple[Tensor, ...]]):
     """Documents with a hole: item i is a random cut of document i, with a random span moved to its end.
+
+    An item is (x, y), or (x, y, length of the prefix).
 
     The cut has 4 to 7/8 of `block_size` characters, as far as the document has them, and the span a quarter
     of the cut on average. Draws depend on the seed, the epoch and the index alone, whichever process makes
@@ -130,6 +156,7 @@ class CharCorruptionDataset(Dataset[tuple[Tensor, Tensor]]):
         *,
         seed: int = 0,
         compat: str | None = None,
+        prefix: bool = False,
         source: str = "corpus",
     ) -> None:
         """Keep the documents.
@@ -140,6 +167,7 @@ class CharCorruptionDataset(Dataset[tuple[Tensor, Tensor]]):
             block_size: the most characters that the model reads at once, at least 6.
             seed: of the draws, below 2^64.
             compat: "seed" for the distribution of the seed's code.
+            prefix: what is left of the document is read in both directions.
             source: the file, for messages.
 
         Raises:
@@ -155,14 +183,15 @@ class CharCorruptionDataset(Dataset[tuple[Tensor, Tensor]]):
             raise DataError(f"{source}: has no documents; give a corpus with one a line")
         self.documents, self.vocabulary, self.block_size = documents, vocabulary, block_size
         self.epoch, self._seed, self._compat, self._source = 0, seed, compat, source
+        self._prefix = prefix
         self._longest = min(block_size * 7 // 8, block_size - 2)
 
     def __len__(self) -> int:
         """Return the number of documents."""
         return len(self.documents)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return x and y, int64 [block_size - 1] each."""
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """Return x and y, int64 [block_size - 1] each, and perhaps the length of the prefix."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside the {len(self)} documents")
         # as many streams as there are numbers: nothing is drawn twice
@@ -171,7 +200,11 @@ class CharCorruptionDataset(Dataset[tuple[Tensor, Tensor]]):
         text = cut[:start] + MASK + cut[stop:] + MASK + cut[start:stop]
         numbers = torch.full((self.block_size,), PAD_ID)
         numbers[: len(text)] = self.vocabulary.encode(text)
-        return numbers[:-1], numbers[1:]
+        if not self._prefix:
+            return numbers[:-1], numbers[1:]
+        prefix, y = len(text) - (stop - start), numbers[1:].clone()
+        y[: prefix - 1] = PAD_ID
+        return numbers[:-1], y, torch.tensor(prefix)
 
     def _span(self, document: str, draws: np.random.Generator) -> tuple[int, int, str]:
         """Return where the span begins and ends, and the cut that it is of."""
@@ -191,3 +224,39 @@ class CharCorruptionDataset(Dataset[tuple[Tensor, Tensor]]):
     def source(self, index: int) -> str:
         """Return where an item is from, as ``file:line``."""
         return f"{self._source}:{index + 1}"
+
+
+def packed(items: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Make a batch without padding: what is after an item's last target that counts is left out.
+
+    Args:
+        items: (x, y) of one of the data sets above, without a prefix.
+
+    Returns:
+        tokens and targets of all items, int64 [N] each, the cumulative numbers of tokens, int64
+        [len(items) + 1], and the largest number of an item.
+    """
+    x, y = (torch.stack(column) for column in zip(*items, strict=True))
+    lengths = _ends(y)
+    within = torch.arange(y.shape[1]) < lengths[:, None]
+    return x[within], y[within], torch.cat((lengths.new_zeros(1), lengths.cumsum(0))), int(lengths.max())
+
+
+def padded(items: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Make a batch as wide as its longest item, up to the last target that counts.
+
+    Args:
+        items: (x, y), or (x, y, length of the prefix).
+
+    Returns:
+        x and y, int64 [len(items), T] each, and lengths of prefixes, [len(items)].
+    """
+    x, y, *rest = (torch.stack(column) for column in zip(*items, strict=True))
+    longest = int(_ends(y).max())
+    return x[:, :longest], y[:, :longest], *rest
+
+
+def _ends(y: Tensor) -> Tensor:
+    """Return the place after the last target of each row that counts, at least 1."""
+    places = torch.arange(1, y.shape[1] + 1)
+    return ((y != PAD_ID) * places).amax(1).clamp(min=1)

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 SCHEDULES = ("cosine", "constant", "mingpt")
 DTYPES = ("float32", "bfloat16", "float16")
-SAMPLINGS = ("shuffle", "replacement")
+SAMPLINGS = ("shuffle", "replacement", "sequential")
 STRATEGIES = ("ddp", "fsdp")
 
 

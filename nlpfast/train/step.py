@@ -50,6 +50,7 @@ class OptimizerStep:
         sources: `indices -> where the examples come from`, for messages.
         say: prints a line for people.
         planned_steps: of the whole run, if known; the schedule's length follows from it.
+        schedule_tokens: what an example counts for in the schedule; None for its targets that count.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class OptimizerStep:
         sources: Callable[[list[int]], list[str]],
         say: Callable[[str], None],
         planned_steps: int | None,
+        schedule_tokens: int | None = None,
     ) -> None:
         """Build the optimizer."""
-        self.planned_steps = planned_steps
+        self.planned_steps, self.schedule_tokens = planned_steps, schedule_tokens
         self.model, self.config, self.device, self.processes = model, config, device, processes
         self.loss_fn, self.sources, self.say = loss_fn, sources, say
         self._shared = processes.share(model, config.strategy)
@@ -162,8 +164,9 @@ class OptimizerStep:
     def _step(self, batches: list[Batch], losses: list[float], tokens: int) -> None:
         """Clip and step with the gradients that are there."""
         state = self.state
-        value = self.processes.sum([sum(losses)])[0]
-        self._set_learning_rate(tokens)
+        mine = sum(len(batch.indices) for batch in batches if batch.count)
+        value, examples = self.processes.sum([sum(losses), mine])
+        self._set_learning_rate(int(examples) * self.schedule_tokens if self.schedule_tokens else tokens)
         norm = math.nan
         if not math.isfinite(value):
             self._leave_out(

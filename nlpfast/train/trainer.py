@@ -62,6 +62,9 @@ class Trainer:
         metadata: plain values to be kept in every checkpoint, for example the vocabulary; "data", where it is
             there, is the first record of the log, and tells what was read, used and skipped.
         quiet: print nothing; otherwise lines or a progress bar go to stderr.
+        schedule_tokens: what an example counts for in the learning rate's schedule and in `state.tokens`,
+            such as its length with padding, as in minGPT; None for its targets that count.
+        how_to_resume: option that is named when the run is stopped; None for ``--resume`` with the folder.
 
     Raises:
         ConfigError: the device does not exist, or TensorBoard is asked for and cannot be had.
@@ -80,6 +83,8 @@ class Trainer:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
         quiet: bool = False,
+        schedule_tokens: int | None = None,
+        how_to_resume: str | None = None,
     ) -> None:
         """Move the model to its device and build optimizer and data order; nothing is written yet."""
         self.device, self.processes = resolve_device(config.device), Processes()
@@ -101,7 +106,9 @@ class Trainer:
             sources=self.feed.sources,
             say=self._say,
             planned_steps=self.total_steps(),
+            schedule_tokens=schedule_tokens,
         )
+        self._how_to_resume = how_to_resume or f"--resume {self.output_dir}"
         self.state, self.meter, self.optimizer = self.steps.state, self.steps.meter, self.steps.optimizer
         self._random = RandomStates()
         self._saved: tuple[int, bool, int] | None = None
@@ -257,7 +264,7 @@ class Trainer:
         received = self.processes.gather(self._stop.received)
         self._stop.received = next(number for number in received if number is not None)
         if self.output_dir is not None:
-            self._say(f"stopped after step {self.state.step}: --resume {self.output_dir} goes on from there")
+            self._say(f"stopped after step {self.state.step}: {self._how_to_resume} goes on from there")
         self._stop.check()
 
     def _build_feed(self, dataset: Dataset[Any], sampling: str, batch_size: int) -> Feed:
