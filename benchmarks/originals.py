@@ -1,7 +1,8 @@
-"""Attention classes as users have them, in eager PyTorch: what the drop-in modules are compared with.
+"""Attention classes and a GPT as users have them, in eager PyTorch: what ours are compared with.
 
 Names, constructors, state dicts and results are those of minGPT (2020 and 2023), nanoGPT, CS224N's assignment
-5, minBERT, and the BERT of Hugging Face transformers 4.x. Shapes: B batch, T length, C channels, H heads.
+5, minBERT, and the BERT of Hugging Face transformers 4.x. Shapes: B batch, T length, C channels, H heads, m
+latents.
 """
 
 from __future__ import annotations
@@ -49,16 +50,26 @@ class _SeparateProjections(nn.Module):
         square = torch.ones(config.block_size, config.block_size)
         self.register_buffer("mask", square.tril()[None, None])
         self.n_head = config.n_head
+        # not in the originals: the attention is left to PyTorch
+        self.fused = getattr(config, "fused", False)
 
     def _mix(self, x_q: Tensor, x_kv: Tensor) -> Tensor:
         q, k, v = (
             heads_first(layer(x), self.n_head)
             for layer, x in ((self.query, x_q), (self.key, x_kv), (self.value, x_kv))
         )
+        if self.fused:
+            p = self.attn_drop.p if self.training else 0.0
+            q = q.expand(k.shape[0], -1, -1, -1)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+            return self._projected(y)
         scores = q @ k.mT / math.sqrt(k.shape[-1])
         hidden = self.mask[:, :, : q.shape[2], : k.shape[2]] == 0
         weights = self.attn_drop(scores.masked_fill(hidden, -1e10).softmax(-1))
-        out: Tensor = self.resid_drop(self.proj(rows_first(weights @ v)))
+        return self._projected(weights @ v)
+
+    def _projected(self, y: Tensor) -> Tensor:
+        out: Tensor = self.resid_drop(self.proj(rows_first(y)))
         return out
 
 
@@ -178,3 +189,97 @@ class Layer(nn.Module):
         x = x + (y[0] if isinstance(y, tuple) else y)
         out: Tensor = x + self.mlp(self.ln2(x))
         return out
+
+
+class _PreNorm(nn.Module):
+    """What the blocks of the assignment's GPT are made of."""
+
+    def __init__(self, config: Any, attention: nn.Module) -> None:
+        super().__init__()
+        C = config.n_embd
+        self.ln1, self.ln2, self.attn = nn.LayerNorm(C), nn.LayerNorm(C), attention
+        self.mlp = nn.Sequential(
+            nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C), nn.Dropout(config.resid_pdrop)
+        )
+
+    def _through_mlp(self, h: Tensor) -> Tensor:
+        out: Tensor = h + self.mlp(self.ln2(h))
+        return out
+
+
+class Block(_PreNorm):
+    """The block of minGPT (2020) and of the assignment."""
+
+    def __init__(self, config: Any) -> None:
+        """Build it with self-attention."""
+        super().__init__(config, CausalSelfAttention(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, T, C] of x [B, T, C]."""
+        return self._through_mlp(x + self.attn(self.ln1(x)))
+
+
+class DownProjectBlock(_PreNorm):
+    """The assignment's block from tokens to latents."""
+
+    def __init__(self, config: Any) -> None:
+        """Build it with cross-attention and latents."""
+        super().__init__(config, CausalCrossAttention(config))
+        self.C = nn.Parameter(torch.empty(1, config.bottleneck_dim, config.n_embd))
+        nn.init.xavier_uniform_(self.C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return latents [B, m, C] of x [B, T, C]; all T keys are computed, most of them to be masked."""
+        return self._through_mlp(self.attn(self.ln1(x), self.ln1(self.C)))
+
+
+class UpProjectBlock(_PreNorm):
+    """The assignment's block from latents to tokens."""
+
+    def __init__(self, config: Any) -> None:
+        """Build it with cross-attention."""
+        super().__init__(config, CausalCrossAttention(config))
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return [B, T, C] of latents y [B, m, C] and of x [B, T, C], which the down block was given."""
+        return self._through_mlp(self.attn(self.ln1(y), x))
+
+
+class GPT(nn.Module):
+    """The assignment's GPT, with `perceiver` that of its bottleneck."""
+
+    def __init__(self, config: Any) -> None:
+        """Build the model; linear and embedding weights come from N(0, 0.02), biases and positions are 0."""
+        super().__init__()
+        V, C, self.perceiver = config.vocab_size, config.n_embd, config.perceiver
+        self.tok_emb, self.pos_emb = nn.Embedding(V, C), nn.Parameter(torch.zeros(1, config.block_size, C))
+        self.drop = nn.Dropout(config.embd_pdrop)
+        if self.perceiver:
+            self.down_block, self.up_block = DownProjectBlock(config), UpProjectBlock(config)
+        blocks = config.n_layer - (2 if self.perceiver else 0)
+        self.blocks = nn.Sequential(*[Block(config) for _ in range(blocks)])
+        self.ln_f, self.head = nn.LayerNorm(C), nn.Linear(C, V, bias=False)
+        self.apply(_draw_weights)
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits [B, T, V] of tokens [B, T], and the loss of targets [B, T], of which 0 is padding."""
+        x = self.drop(self.tok_emb(idx) + self.pos_emb[:, : idx.shape[1]])
+        y = self.up_block(self.blocks(self.down_block(x)), x) if self.perceiver else self.blocks(x)
+        logits: Tensor = self.head(self.ln_f(y))
+        return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), ignore_index=0)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return all parameters for an optimizer; the weights of linear layers alone are decayed."""
+        decayed = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        others = [p for p in self.parameters() if all(p is not weight for weight in decayed)]
+        return [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+
+
+def _draw_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

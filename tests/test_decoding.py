@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nlpfast.decoding import generate, next_token_probabilities
+from nlpfast.models.gpt import GPT, GPTConfig
 
 V = 7
 
@@ -205,3 +206,183 @@ def test_wrong_arguments_are_refused(idx, options, message):
         generate(model, idx, **{"max_new_tokens": 2, **options})
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not model.seen
+
+
+BLOCK, WORDS = 8, 19
+VANILLA = {"perceiver": False}
+CACHED = [VANILLA, {"bottleneck_dim": 1}, {"bottleneck_dim": 3}, {"bottleneck_dim": BLOCK}]
+WITHOUT_CACHE = {"causal_align": "bottom_right"}
+# the longest becomes longer than a block while others are within, with its first token, or was so before
+UNEQUAL = [[2, 5, 3, 5], [1, BLOCK], [1, BLOCK + 2, 4]]
+
+
+@torch.no_grad()
+def gpt(**changes):
+    """A model that does not say one word over and over."""
+    sizes = {
+        "n_layer": 3,
+        "n_head": 2,
+        "n_embd": 16,
+        "perceiver": True,
+        "bottleneck_dim": 3,
+        "residual": True,
+    }
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(WORDS, BLOCK, **{**sizes, **changes})).double()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.5)
+    seen = []
+    handle = model.ln_f.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.eval()(torch.randint(WORDS, (50, BLOCK)))
+    handle.remove()
+    # what all texts have in common would decide the words otherwise
+    model.ln_f.bias -= seen[0].mean((0, 1))
+    return model
+
+
+def prompts(lengths, filling=-1):
+    """Prompts filled up with what is no token at all."""
+    idx = torch.randint(1, WORDS, (len(lengths), max(lengths)), generator=seeded(8))
+    lengths = torch.tensor(lengths)
+    return idx.masked_fill(torch.arange(idx.shape[1]) >= lengths[:, None], filling), lengths
+
+
+@torch.no_grad()
+def loop(model, prompt, count, prefix=False):
+    """One prompt [T], and the tokens that the loop of the docstring appends to it."""
+    text = prompt[None]
+    for _ in range(count):
+        window = text[:, -BLOCK:]
+        start = text.shape[1] - window.shape[1]
+        options = {"prefix_lengths": torch.tensor([max(0, len(prompt) - start)])} if prefix else {}
+        text = torch.cat([text, model(window, **options)[0][:, -1].argmax(-1, keepdim=True)], 1)
+    return text[0]
+
+
+@pytest.mark.parametrize("lengths", UNEQUAL, ids=str)
+@pytest.mark.parametrize("options", [*CACHED, {"residual": False}, WITHOUT_CACHE], ids=str)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_of_different_lengths_are_written_as_each_alone(lengths, options, use_cache):
+    model, (idx, lengths), count = gpt(**options), prompts(lengths), BLOCK
+    out = generate(model, idx, count, lengths=lengths, greedy=True, use_cache=use_cache)
+    assert out.shape == (len(idx), idx.shape[1] + count) and out.dtype == idx.dtype
+    news = set()
+    for row, n in enumerate(lengths.tolist()):
+        assert torch.equal(out[row, : n + count], loop(model, idx[row, :n], count))
+        assert not out[row, n + count :].any()
+        alone = generate(model, idx[row : row + 1, :n], count, greedy=True, use_cache=use_cache)
+        assert torch.equal(alone[0], out[row, : n + count])
+        news |= set(out[row, n : n + count].tolist())
+    assert len(news) > 3
+
+
+@pytest.mark.parametrize("lengths", [*UNEQUAL, [4, 4]], ids=str)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompts_seen_in_both_directions(lengths, use_cache):
+    model, (idx, lengths), count = gpt(**VANILLA), prompts(lengths), BLOCK
+    options = {"lengths": lengths, "greedy": True, "use_cache": use_cache}
+    out = generate(model, idx, count, prefix=True, **options)
+    for row, n in enumerate(lengths.tolist()):
+        assert torch.equal(out[row, : n + count], loop(model, idx[row, :n], count, prefix=True))
+        assert not out[row, n + count :].any()
+    assert not torch.equal(out, generate(model, idx, count, **options))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_bottleneck_reads_no_prompt_in_both_directions(use_cache):
+    with pytest.raises(ValueError, match="prefix_lengths is given to a model with a bottleneck"):
+        generate(gpt(), PROMPT, 2, prefix=True, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("options", CACHED, ids=str)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.7, "top_k": 9, "top_p": 0.95}], ids=str)
+def test_samples_are_the_same_with_and_without_a_cache(options, sampling):
+    model, (idx, lengths) = gpt(**options), prompts([2, 5, 1, 6])
+    sampling = {"temperature": 3.0, "lengths": lengths, **sampling}
+    with_cache, without, other = (
+        generate(model, idx, BLOCK, generator=seeded(seed), use_cache=use_cache, **sampling)
+        for seed, use_cache in ((1, True), (1, False), (2, True))
+    )
+    assert torch.equal(with_cache, without)
+    assert not torch.equal(with_cache, other)
+
+
+def read_shapes(model):
+    shapes = []
+    model.tok_emb.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    return shapes
+
+
+@pytest.mark.parametrize("options", CACHED, ids=str)
+def test_each_token_is_read_once_up_to_a_block(options):
+    model, (idx, lengths) = gpt(**options), prompts([2, 5, 3, 5])
+    shapes = read_shapes(model)
+    # the last token that is written is read by nobody
+    generate(model, idx, BLOCK - 4, lengths=lengths, greedy=True)
+    assert shapes == [(4, 5), (4,), (4,), (4,)]
+    shapes.clear()
+    generate(model, idx, BLOCK - 2, lengths=lengths, greedy=True)
+    # beyond it whole windows, those of one length together
+    assert shapes == [
+        *((4, 5), (4,), (4,), (4,)),
+        *((1, 6), (1, 7), (2, BLOCK)),
+        *((1, 7), (3, BLOCK)),
+    ]
+    shapes.clear()
+    generate(model, idx, 2, lengths=lengths, greedy=True, use_cache=False)
+    assert shapes == [(1, 2), (1, 3), (2, 5), (1, 3), (1, 4), (2, 6)]
+
+
+def test_columns_that_no_prompt_has_are_not_read():
+    model, (idx, lengths) = gpt(), prompts([2, 3])
+    shapes = read_shapes(model)
+    wide = torch.cat([idx, torch.full((2, BLOCK), -1)], 1)
+    out = generate(model, wide, 4, lengths=lengths, greedy=True)
+    assert shapes == [(2, 3), (2,), (2,), (2,)]
+    assert out.shape == (2, 3 + BLOCK + 4) and not out[:, 7:].any()
+    assert torch.equal(out[:, :7], generate(model, idx, 4, lengths=lengths, greedy=True))
+
+
+def test_a_model_without_a_cache_gets_windows_of_equal_length():
+    model, idx = Table(block_size=4), torch.tensor([[1, 0, 0], [2, 3, 4], [5, 6, 0]])
+    lengths = torch.tensor([1, 3, 2])
+    out = generate(model, idx, 3, lengths=lengths, greedy=True)
+    assert [list(seen[0].shape) for seen in model.seen] == [
+        *([1, 1], [1, 2], [1, 3]),
+        *([1, 2], [1, 3], [1, 4]),
+        *([1, 3], [2, 4]),
+    ]
+    for row, n in enumerate(lengths.tolist()):
+        alone = generate(Table(block_size=4), idx[row : row + 1, :n], 3, greedy=True)[0]
+        assert torch.equal(out[row, : n + 3], alone) and not out[row, n + 3 :].any()
+    # every window is the end of a row, and each row is read in each step
+    for step in range(3):
+        expected = {
+            tuple(out[row, max(0, n + step - 4) : n + step].tolist()) for row, n in enumerate((1, 3, 2))
+        }
+        windows = model.seen[3 * step : 3 * step + 3]
+        assert expected == {tuple(line) for seen in windows for line in seen[0].tolist()}
+
+
+def test_no_new_tokens_leave_the_prompts_and_zeros():
+    idx, lengths = prompts([2, 4])
+    out = generate(gpt(), idx, 0, lengths=lengths)
+    assert torch.equal(out, prompts([2, 4], filling=0)[0])
+    assert idx[0, 2] == -1 and lengths.tolist() == [2, 4]
+
+
+def test_a_cached_model_runs_in_evaluation_mode_and_without_gradients():
+    model, (idx, lengths) = gpt(embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5), prompts([2, 4])
+    model.train().blocks[0].eval()
+    out = generate(model, idx, BLOCK, lengths=lengths, greedy=True)
+    assert model.training and model.up_block.training and not model.blocks[0].training
+    assert torch.equal(out, generate(gpt(), idx, BLOCK, lengths=lengths, greedy=True))
+
+
+@pytest.mark.parametrize("lengths", [[0, 3], [3, 4], [-1, 2], [3], [1, 2, 3], [[3, 3]]], ids=str)
+@pytest.mark.parametrize("model", [gpt, Table])
+def test_lengths_that_do_not_fit_are_refused(lengths, model):
+    with pytest.raises(ValueError) as error:
+        generate(model(), PROMPT, 2, lengths=torch.tensor(lengths))
+    assert f"lengths={lengths} must be one number within 1..3 for each of 2 rows" in str(error.value)

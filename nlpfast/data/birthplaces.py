@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -38,6 +39,8 @@ __all__ = [
 PAD, MASK = "\u25a1", "\u2047"
 # Numbers of PAD, the targets that do not count, and of MASK.
 PAD_ID, MASK_ID = 0, 1
+# Packed batches have a multiple of so many tokens.
+ROUNDED = 256
 # Documents are cut to a random length, from so many characters on.
 SHORTEST = 4
 
@@ -229,17 +232,25 @@ class CharCorruptionDataset(Dataset[tuple[Tensor, ...]]):
 def packed(items: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor, int]:
     """Make a batch without padding: what is after an item's last target that counts is left out.
 
+    Up to `ROUNDED` - 1 further tokens, PAD with targets that do not count, follow as sequences of their own.
+    PyTorch keeps what it compiles for the shapes of matrix products, in 16 bits, and there would be a new
+    number of tokens in every step otherwise: each takes time, and together gigabytes.
+
     Args:
         items: (x, y) of one of the data sets above, without a prefix.
 
     Returns:
-        tokens and targets of all items, int64 [N] each, the cumulative numbers of tokens, int64
-        [len(items) + 1], and the largest number of an item.
+        tokens and targets of all items, int64 [N] each, N a multiple of `ROUNDED`; the cumulative numbers of
+        tokens, int64 [number of sequences + 1]; and the largest number of a sequence.
     """
     x, y = (torch.stack(column) for column in zip(*items, strict=True))
     lengths = _ends(y)
     within = torch.arange(y.shape[1]) < lengths[:, None]
-    return x[within], y[within], torch.cat((lengths.new_zeros(1), lengths.cumsum(0))), int(lengths.max())
+    longest, missing = int(lengths.max()), -int(lengths.sum()) % ROUNDED
+    whole, rest = divmod(missing, longest)
+    lengths = torch.cat((lengths, torch.tensor([longest] * whole + [rest] * (rest > 0), dtype=torch.int64)))
+    tokens, targets = (F.pad(part[within], (0, missing), value=PAD_ID) for part in (x, y))
+    return tokens, targets, F.pad(lengths.cumsum(0), (1, 0)), longest
 
 
 def padded(items: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

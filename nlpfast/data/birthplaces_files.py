@@ -102,4 +102,6 @@ def invented(n: int, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
     found = people(n, seed)
     rows = [f"Where was {person.name} born?\t{person.birthplace}" for person in found]
     cut = max(1, n * 4 // 5)
-    return [person.biography for person in found], rows[:cut], rows[cut:]
+    # it has the characters of the questions
+    first = "Where was everybody born? These people are invented."
+    return [first, *(person.biography for person in found)], rows[:cut], rows[cut:]

@@ -65,7 +65,13 @@ def count_characters(batch: tuple[Any, ...]) -> int:
 
 
 def train(
-    action: str, variant: str, corpus: str, options: BirthplacesOptions, *, quiet: bool = False
+    action: str,
+    variant: str,
+    corpus: str,
+    options: BirthplacesOptions,
+    *,
+    folder: str | Path | None = None,
+    quiet: bool = False,
 ) -> TrainState:
     """Pretrain or finetune, and write the parameters.
 
@@ -77,6 +83,7 @@ def train(
         variant: vanilla or perceiver.
         corpus: file with a document a line; it makes the vocabulary.
         options: files, model and recipe.
+        folder: for log and checkpoints; None for the one below expt/.
         quiet: print nothing; otherwise progress goes to stderr.
 
     Returns:
@@ -98,7 +105,8 @@ def train(
     if options.tb_expt_name is not None:
         check_tensorboard()
     device = resolve_device(own_device(options.device))
-    folder, target = Path(run_folder(options, action, variant)), str(options.writing_params_path)
+    folder = Path(folder or run_folder(options, action, variant))
+    target = str(options.writing_params_path)
     _check_target(target)
     unfinished = checkpoint.find_exact(folder / "last") is not None
     if unfinished and not (options.resume or options.overwrite):

@@ -5,8 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nlpfast.nn import CausalSelfAttention
+from nlpfast.nn import CausalCrossAttention, CausalSelfAttention
 from nlpfast.nn import causal_attention as fast
+from nlpfast.nn.key_value_cache import KeyValueCache
+from nlpfast.nn.packing import Packing
 
 B, T, C, H = 2, 7, 12, 3
 
@@ -163,7 +165,193 @@ def test_inputs_of_another_shape_are_refused(shape):
         module()(torch.zeros(shape, dtype=torch.float64))
 
 
-def test_there_is_no_cache():
-    with pytest.raises(ValueError, match="layer_past must be None"):
-        module()(inputs(), layer_past=(inputs(), inputs()))
-    assert module()(inputs(), layer_past=None).shape == (B, T, C)
+def attended(layer, x_kv, x_q, visible):
+    """PyTorch's attention with an explicit mask [Tq, Tk], or one of each sequence."""
+    q, k, v = (
+        part(x).unflatten(-1, (H, -1)).transpose(1, 2)
+        for part, x in ((layer.query, x_q), (layer.key, x_kv), (layer.value, x_kv))
+    )
+    if visible.dim() == 3:
+        visible = visible[:, None]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return layer.proj(y.transpose(1, 2).flatten(2))
+
+
+def causal(queries, keys, shift=0):
+    """Query i sees the keys 0..i + shift."""
+    return torch.ones(queries, keys).tril(shift).bool()
+
+
+def assert_same(ours, theirs, inputs, upstream, tolerance):
+    """Both the same, and their gradients too; what has no gradient has the gradient 0."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert (ours - theirs).abs().max() <= tolerance
+    both = (torch.autograd.grad(y, inputs, upstream, materialize_grads=True) for y in (ours, theirs))
+    for one, other in zip(*both, strict=True):
+        assert (one - other).abs().max() <= tolerance * max(1.0, other.abs().max())
+
+
+@pytest.mark.parametrize("prefixes", [(0, 0), (1, 4), (T, 0), (T, 3), (T, T)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
+def test_a_prefix_is_seen_from_everywhere(prefixes, dtype, tolerance):
+    layer, x = module(dtype), inputs(dtype=dtype).requires_grad_()
+    lengths = torch.tensor(prefixes)
+    visible = causal(T, T) | (torch.arange(T) < lengths[:, None, None])
+    y = layer(x, prefix_lengths=lengths)
+    expected = attended(layer, x, x, visible)
+    assert_same(y, expected, (x, *layer.parameters()), inputs(dtype=dtype).flip(0), tolerance)
+
+
+PACKED = [[1], [7], [3, 1, 4], [5, 5]]
+
+
+@pytest.mark.parametrize("lengths", PACKED, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
+def test_packed_sequences_are_attended_each_alone(lengths, dtype, tolerance):
+    layer, rows = module(dtype), inputs(sum(lengths), dtype)[0].requires_grad_()
+    y = layer(rows, packing=Packing.of_lengths(torch.tensor(lengths)))
+    alone = torch.cat([layer(part[None])[0] for part in rows.split(lengths)])
+    upstream = inputs(sum(lengths), dtype)[1]
+    assert_same(y, alone, (rows, *layer.parameters()), upstream, tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompts", [(1, 1), (4, 4), (2, 5), (T, 3)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
+def test_with_a_cache_each_position_is_attended_once(prompts, dtype, tolerance):
+    """Rows of different lengths; what fills up the shorter prompt is not seen later on."""
+    layer, x, steps = module(dtype), inputs(2 * T, dtype), T
+    cache, lengths = KeyValueCache(2 * T, torch.tensor(prompts)), torch.tensor(prompts)
+    padded = x[:, : max(prompts)].masked_fill(
+        torch.arange(max(prompts))[:, None] >= lengths[:, None, None], 9
+    )
+    whole, rows = layer(x), torch.arange(B)
+    y = layer(padded, cache)
+    for b, n in enumerate(prompts):
+        assert (y[b, :n] - whole[b, :n]).abs().max() <= tolerance
+    for step in range(steps):
+        y = layer(x[rows, lengths + step][:, None], layer_past=cache)
+        assert y.shape == (B, 1, C)
+        assert (y[:, 0] - whole[rows, lengths + step]).abs().max() <= tolerance
+    assert cache.lengths.tolist() == [n + steps for n in prompts]
+
+
+@torch.no_grad()
+def test_a_cache_with_keys_takes_one_position():
+    layer, cache = module(), KeyValueCache(T, torch.tensor([2, 2]))
+    layer(inputs(2), cache)
+    with pytest.raises(ValueError, match="x has T=2 positions, with keys in layer_past it takes one"):
+        layer(inputs(2), cache)
+    assert cache.lengths.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["layer_past", "packing"], "layer_past and packing cannot be given together; leave out packing"),
+        (["prefix_lengths", "packing"], "prefix_lengths and packing cannot be given together"),
+        (
+            ["layer_past", "prefix_lengths", "packing"],
+            "layer_past and prefix_lengths and packing cannot be given together",
+        ),
+    ],
+)
+def test_packed_sequences_have_neither_prefix_nor_cache(names, message):
+    lengths = torch.tensor([3, 4])
+    options = {
+        "layer_past": KeyValueCache(T, lengths),
+        "prefix_lengths": lengths,
+        "packing": Packing.of_lengths(lengths),
+    }
+    with pytest.raises(ValueError, match=message):
+        module()(inputs()[0], **{name: options[name] for name in names})
+
+
+def cross(dtype=torch.float64, causal_align="top_left"):
+    torch.manual_seed(1)
+    return CausalCrossAttention(config(), causal_align).to(dtype)
+
+
+@pytest.mark.parametrize("queries", [1, 3, T])
+@pytest.mark.parametrize("keys", [T, T + 1, 2 * T])
+@pytest.mark.parametrize("batches", [(B, B), (1, B), (B, 1)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 5e-6)])
+def test_queries_that_are_the_last_positions_see_all_before_them(queries, keys, batches, dtype, tolerance):
+    layer = cross(dtype, "bottom_right")
+    x_kv = inputs(keys, dtype)[: batches[0]].requires_grad_()
+    x_q = inputs(queries, dtype).flip(0)[: batches[1]].requires_grad_()
+    visible = causal(queries, keys, keys - queries)
+    upstream = inputs(queries, dtype).flip(1)
+    expected = attended(layer, x_kv.expand(B, -1, -1), x_q.expand(B, -1, -1), visible)
+    parts = (x_kv, x_q, *layer.parameters())
+    assert_same(layer(x_kv=x_kv, x_q=x_q), expected, parts, upstream, tolerance)
+    assert bool((torch.autograd.grad(layer(x_kv, x_q).sum(), x_kv)[0] != 0).all())
+
+
+def test_aligned_at_the_bottom_right_the_first_of_more_queries_see_nothing():
+    layer, x_kv, x_q = cross(causal_align="bottom_right"), inputs(3), inputs()
+    y = layer(x_kv, x_q)
+    assert torch.equal(y[:, : T - 3], layer.proj.bias.expand(B, T - 3, C))
+    assert (y[:, T - 3 :] - layer(x_kv, x_q[:, T - 3 :])).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("keys", [1, 3, T, T + 4])
+def test_by_default_query_i_sees_the_keys_up_to_i(keys):
+    layer = cross()
+    x_kv, x_q = inputs(keys).requires_grad_(), inputs().flip(0).requires_grad_()
+    expected = attended(layer, x_kv, x_q, causal(T, keys))
+    assert_same(layer(x_kv, x_q), expected, (x_kv, x_q, *layer.parameters()), inputs().flip(1), 1e-13)
+
+
+@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [([3, 1, 4], [3, 1, 4]), ([2, 1, 4], [5, 3, 4]), ([5, 3, 4], [2, 1, 4]), ([1], [6])],
+    ids=str,
+)
+def test_packed_queries_see_the_keys_of_their_own_sequence(queries, keys, align):
+    layer = cross(causal_align=align)
+    x_q, x_kv = inputs(sum(queries))[0].requires_grad_(), inputs(sum(keys))[1].requires_grad_()
+    packing, kv_packing = (Packing.of_lengths(torch.tensor(lengths)) for lengths in (queries, keys))
+    y = layer(x_kv, x_q, packing=packing, kv_packing=kv_packing)
+    pairs = zip(x_kv.split(keys), x_q.split(queries), strict=True)
+    alone = torch.cat([layer(kv[None], q[None])[0] for kv, q in pairs])
+    upstream = inputs(sum(queries))[1]
+    assert_same(y, alone, (x_kv, x_q, *layer.parameters()), upstream, 1e-13)
+
+
+@torch.no_grad()
+def test_a_cached_query_sees_all_keys_that_came_for_its_sequence():
+    layer, x, m = cross(), inputs(2 * T), 4
+    lengths, rows = torch.tensor([2, 5]), torch.arange(B)
+    cache = KeyValueCache(m, lengths)
+    y = layer(x_kv=x[:, :m], x_q=x[:, :5].flip(1), layer_past=cache)
+    assert torch.equal(y, layer(x_kv=x[:, :m], x_q=x[:, :5].flip(1)))
+    for n in (3, 4, 5):
+        lengths = lengths + 1
+        query = x[rows, lengths].flip(0)[:, None]
+        y = layer(x[rows, lengths - 1][:, None], query, layer_past=cache)
+        # the second sequence has had m keys from the beginning
+        visible = torch.arange(m) < torch.tensor([min(n, m), m])[:, None, None]
+        assert (y - attended(layer, x[:, :m], query, visible)).abs().max() < 1e-13
+        # asking again without a new key changes nothing
+        assert (layer(None, query, layer_past=cache) - y).abs().max() < 1e-13
+    assert cache.lengths.tolist() == [m, m]
+
+
+def test_keys_are_needed_from_somewhere():
+    message = r"x_kv is None, and there are no keys in layer_past; give \[B, Tk, C\]"
+    for options in ({}, {"layer_past": KeyValueCache(T, torch.tensor([1, 1]))}):
+        with pytest.raises(ValueError, match=message):
+            cross()(None, inputs(1), **options)
+
+
+@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
+def test_batches_that_differ_are_refused(align):
+    with pytest.raises(ValueError, match="x_kv has a batch of 4 and x_q one of 2; they must be equal"):
+        cross(causal_align=align)(inputs().repeat(2, 1, 1), inputs())
+
+
+def test_an_alignment_that_is_neither_is_refused():
+    with pytest.raises(ValueError, match=r"causal_align.*'bottom'.* must be 'top_left' or 'bottom_right'"):
+        cross(causal_align="bottom")(inputs(), inputs())
