@@ -65,7 +65,7 @@ def read_parameters(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); {fix}") from error
     except pickle.UnpicklingError as error:
-        reason = "it holds more than tensors, which could run code"
+        reason = "is damaged, or holds more than tensors, which could run code"
         raise DataError(f"{path}: {reason}; save model.state_dict() alone") from error
     except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not a readable file of parameters ({error}); {fix}") from error

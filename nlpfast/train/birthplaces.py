@@ -112,6 +112,8 @@ def train(
     if unfinished and not (options.resume or options.overwrite):
         rule = f"a run that was stopped is in {folder}, go on with --resume or begin anew with --overwrite"
         raise ConfigError("writing_params_path", target, rule)
+    if options.resume and not unfinished:
+        raise ConfigError("resume", True, f"no run was stopped in {folder}, leave it out")
     with joined(device) as processes:
         trainer, words = _prepared(action, variant, corpus, options, str(device), folder, quiet)
         changes = _resumed(trainer, folder, options) if options.resume else []
@@ -195,7 +197,7 @@ def _prepared(
         output_dir=folder,
         metadata={"digest": digest, "options": own, "vocabulary": vocabulary.chars},
         quiet=quiet,
-        schedule_tokens=BLOCK_SIZE if seeded else None,
+        schedule_tokens=BLOCK_SIZE - 1 if seeded else None,
         how_to_resume="the same command with --resume",
     )
     if seeded:

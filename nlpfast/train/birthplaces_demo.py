@@ -12,6 +12,7 @@ from nlpfast.files import replacing
 from nlpfast.train.birthplaces import train
 from nlpfast.train.birthplaces_answers import evaluate
 from nlpfast.train.birthplaces_options import VARIANTS, BirthplacesOptions
+from nlpfast.train.config import ConfigError
 
 __all__ = ["demo"]
 
@@ -20,26 +21,32 @@ STEPS = {"pretrain": 500, "finetune": 60}
 
 
 def demo(
-    folder: str | Path, *, people: int = PEOPLE, steps: dict[str, int] | None = None, quiet: bool = False
+    folder: str | Path,
+    *,
+    people: int | None = None,
+    steps: dict[str, int] | None = None,
+    quiet: bool = False,
 ) -> Iterator[str]:
     """Make data, train and evaluate both variants with and without pretraining, and tell what came of it.
 
     Args:
         folder: gets the data, parameters, predictions and logs; made when missing, files are replaced.
-        people: invented ones in the corpus.
-        steps: optimizer steps of pretrain and of finetune.
+        people: invented ones in the corpus; None for PEOPLE.
+        steps: optimizer steps of pretrain and of finetune; None for STEPS.
         quiet: no progress on stderr.
 
     Yields:
         Lines for people, each when its figures are there.
 
     Raises:
+        ConfigError: the folder is a file.
         OSError: a file cannot be written.
     """
-    steps = steps or STEPS
-    folder = Path(folder)
+    steps, folder = steps or STEPS, Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("output_dir", str(folder), "it is a file, name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    files = dict(zip(("corpus.txt", "train.tsv", "dev.tsv"), invented(people), strict=True))
+    files = dict(zip(("corpus.txt", "train.tsv", "dev.tsv"), invented(people or PEOPLE), strict=True))
     for name, lines in files.items():
         with replacing(folder / name) as file:
             file.write("".join(f"{line}\n" for line in lines).encode())

@@ -106,7 +106,7 @@ def trainer_config(options: BirthplacesOptions, action: str, documents: int) -> 
     if options.compat == "seed":
         final = SEED_EPOCHS * documents * BLOCK_SIZE
         recipe |= {"schedule": "mingpt", "sampling": "sequential"}
-        recipe |= {"warmup_tokens": min(SEED_WARMUP, final - 1), "final_tokens": final}
+        recipe |= {"warmup_tokens": SEED_WARMUP, "final_tokens": final}
     return TrainerConfig(
         max_epochs=options.max_epochs or epochs,
         max_steps=options.max_steps,

@@ -20,7 +20,9 @@ import pytest
 import torch
 
 from nlpfast.cli import bench, build_parser, main
+from nlpfast.data.birthplaces_files import read_documents
 from nlpfast.models.gpt import GPT, GPTConfig
+from nlpfast.models.parameter_file import write_parameters
 from nlpfast.train import checkpoint
 
 USAGE, DATA = 2, 65
@@ -42,7 +44,7 @@ def see(command: str, *words: str) -> list[Case]:
 
 
 VERBS = [
-    ("", USAGE, "name a verb", "train, generate, align, info, bench"),
+    ("", USAGE, "name a verb", "train, generate, birthplaces, align, info, bench"),
     *see("", "fly", "INFO", "inf", "--fly", "--verbose"),
     ("--max-steps 3", USAGE, "VERB", "choose from 'train', 'generate'"),
     *see("info", "extra", "--quick", "--device cpu", "--json=yes"),
@@ -53,6 +55,8 @@ VERBS = [
     ("generate --prompt a", USAGE, "CHECKPOINT", "(see nlpfast generate --help)"),
     ("align", USAGE, "ACTION", "(see nlpfast align --help)"),
     *see("align", "glue", "Score"),
+    ("birthplaces", USAGE, "ACTION", "(see nlpfast birthplaces --help)"),
+    *see("birthplaces", "forget", "Pretrain"),
     ("align --gold gold", USAGE, "ACTION", "choose from 'score'"),
 ]
 
@@ -276,6 +280,84 @@ ALIGN_DATA = [
     *each("align train {} tgt", DATA, "give a file with text", "empty.txt"),
 ]
 
+PRETRAIN = "birthplaces pretrain vanilla good.txt --writing_params_path new {}"
+FINETUNE = "birthplaces finetune vanilla asked.txt --writing_params_path new --finetune_corpus_path {}"
+EVALUATE = (
+    "birthplaces evaluate vanilla asked.txt --reading_params_path {} --eval_corpus_path asked "
+    "--outputs_path new"
+)
+ASK = (
+    "birthplaces evaluate vanilla asked.txt --reading_params_path params --eval_corpus_path {} "
+    "--outputs_path new"
+)
+BIRTHPLACES_ACTIONS = ("pretrain", "finetune", "evaluate")
+BIRTHPLACES_WORDS = [
+    *((f"birthplaces {action}", USAGE, "CORPUS", "--help)") for action in BIRTHPLACES_ACTIONS),
+    *((f"birthplaces {action} vanilla", USAGE, "CORPUS", "--help)") for action in BIRTHPLACES_ACTIONS),
+    *(
+        (f"birthplaces {action} plain good.txt", USAGE, "plain", "choose from 'vanilla', 'perceiver'")
+        for action in BIRTHPLACES_ACTIONS
+    ),
+    *(
+        (f"birthplaces {action} vanilla good.txt {option}", USAGE, re.split("[ =]", option)[0], "--help)")
+        for action in BIRTHPLACES_ACTIONS
+        for option in (
+            *("--bottleneck_dim few", "--reading_params_path", "--writing_params_path", "--pretrain_lr fast"),
+            *("--finetune_corpus_path", "--eval_corpus_path", "--outputs_path", "--finetune_lr slow"),
+            *("--tb_expt_name", "--config large", "--compat sead", "--prefix_lm=yes", "--max_epochs x"),
+            *("--max_steps x", "--dtype int8", "--device", "--seed x", "--num_workers x", "--log_every x"),
+            *("--save_every x", "--resume=yes", "--overwrite=yes"),
+        )
+    ),
+    *each(PRETRAIN, USAGE, "(see nlpfast birthplaces pretrain --help)", "extra", "--nothing", "--max-step 1"),
+    *each(
+        PRETRAIN, USAGE, "at least 1", "--max-epochs 0", "--max-steps 0", "--log-every 0", "--save-every 0"
+    ),
+    *each(PRETRAIN, USAGE, "at least 1 and at most 128", "--bottleneck-dim 0", "--bottleneck-dim 129"),
+    *each(PRETRAIN, USAGE, "finite number above 0", "--pretrain-lr 0", "--finetune-lr nan"),
+    *each(PRETRAIN, USAGE, "at least 0", "--num-workers -1", "--seed -1"),
+    *each(PRETRAIN, USAGE, "give one of auto, cpu, cuda, cuda:N", "--device toaster"),
+    ("birthplaces pretrain vanilla good.txt", USAGE, "--writing-params-path", "give the name of a file"),
+    (PRETRAIN.format("--resume --overwrite"), USAGE, "--overwrite", "leave out one of the two"),
+    (PRETRAIN.format("--resume"), USAGE, "--resume", "leave it out"),
+    (PRETRAIN.format("--prefix_lm").replace("vanilla", "perceiver"), USAGE, "--prefix-lm", "leave it out"),
+    *each(
+        "birthplaces pretrain vanilla good.txt --writing_params_path {}",
+        USAGE,
+        "create it first",
+        "no/such",
+        "file/new",
+    ),
+    ("birthplaces pretrain vanilla good.txt --writing_params_path run", USAGE, "run", "name a file"),
+    (FINETUNE.format("").rpartition("--")[0], USAGE, "--finetune-corpus-path", "give the name of a file"),
+    ("birthplaces evaluate vanilla asked.txt", USAGE, "--reading-params-path", "give the name of a file"),
+    ("birthplaces baseline", USAGE, "--eval_corpus_path", "(see nlpfast birthplaces baseline --help)"),
+    ("birthplaces baseline --eval_corpus_path asked --answer", USAGE, "--answer", "--help)"),
+    ("birthplaces baseline --eval_corpus_path asked", USAGE, "asked", "give a file that has"),
+    *each("birthplaces demo {}", USAGE, "(see nlpfast birthplaces demo --help)", "--output_dir", "extra"),
+    ("birthplaces demo --output_dir file", USAGE, "file", "name a folder"),
+]
+BIRTHPLACES_DATA = [
+    *each("birthplaces pretrain vanilla {} --writing_params_path new", DATA, "check the path", "missing"),
+    *each("birthplaces pretrain vanilla {} --writing_params_path new", DATA, "convert", "bad.txt", "nul.txt"),
+    *each("birthplaces pretrain vanilla {} --writing_params_path new", DATA, "one a line", "newline.txt"),
+    *each("birthplaces pretrain vanilla {} --writing_params_path new", DATA, "remove it", "marks.txt"),
+    *each(FINETUNE, DATA, "check the path", "missing"),
+    *each(FINETUNE, DATA, "write question, tab, answer", "asked", "twice"),
+    *each(FINETUNE, DATA, "a vocabulary that has it", "foreign"),
+    *each(FINETUNE, DATA, "shorten it", "long"),
+    *each(EVALUATE, DATA, "give a file that pretrain or finetune wrote", "missing", "empty.txt", "image.png"),
+    *each(EVALUATE, DATA, "name that, or another file", "latents"),
+    *each(EVALUATE, DATA, "give the --config", "params"),
+    *each(ASK, DATA, "check the path", "missing"),
+    *each(ASK, DATA, "all there or not at all", "some"),
+    *each(ASK, DATA, "write question, tab, answer", "twice"),
+    *each(ASK, DATA, "a vocabulary that has it", "foreign"),
+    *each(ASK, DATA, "write one", "marks.txt", "newline.txt"),
+    *each("birthplaces baseline --eval_corpus_path {}", DATA, "check the path", "missing"),
+    *each("birthplaces baseline --eval_corpus_path {}", DATA, "all there or not at all", "some"),
+]
+
 BENCH = [
     *see("bench", "--threads", "--backend", "--device", "--output", "--quick=yes"),
     ("bench no_such_op", USAGE, "no_such_op", "choose from 'alignment_loss', 'attention'"),
@@ -290,6 +372,7 @@ BENCH = [
     *each("bench {}", USAGE, "give one of them", "--backend abacus", "--backend CPU"),
     *each("bench attention {}", USAGE, "give one of them", "--backend abacus", "--backend ''"),
     ("bench modules --backend reference", USAGE, "--backend", "drop the option"),
+    ("bench training --backend reference", USAGE, "--backend", "drop the option"),
     *each("bench {}", USAGE, "give one of auto, cpu, cuda, cuda:N", "--device abacus", "--device meta"),
     *each("bench {}", USAGE, "give cpu or auto", "--device cuda:99"),
     *each("bench modules {}", USAGE, "give cpu or auto", "--device cuda:99"),
@@ -301,7 +384,7 @@ BENCH = [
 ]
 
 TRAIN, GENERATION = [*TRAIN_WORDS, *TRAIN_BOUNDS, *TRAIN_DATA], [*GENERATE_WORDS, *GENERATE_DATA]
-BAD = [*VERBS, *TRAIN, *GENERATION, *ALIGN_WORDS, *ALIGN_DATA, *BENCH]
+BAD = [*VERBS, *TRAIN, *GENERATION, *BIRTHPLACES_WORDS, *BIRTHPLACES_DATA, *ALIGN_WORDS, *ALIGN_DATA, *BENCH]
 
 
 PACKED = gzip.compress(bytes(range(32, 127)) * 300, mtime=0)
@@ -328,6 +411,13 @@ TEXTS = {
     "gold": b"0-0 1p1\n0-0 3?3\n",
     "three": b"0-0\n\n0-0\n",
     "none": b"\n\n",
+    "asked.txt": b"Where was she born?\n",
+    "asked": b"Where was she born?\nWhere?\n",
+    "some": b"Where was she born?\there\nWhere?\n",
+    "twice": b"Where was she born?\there\there\n",
+    "foreign": b"Where was Zoe?\there\n",
+    "long": b"Where?\t" + b"h" * 130 + b"\n",
+    "marks.txt": b"Where\n" + "\u2047\n".encode(),
     "half": b"0-0\n0-0 1-\n",
     "words": b"a-b\n",
     "minus": b"0--1\n",
@@ -348,6 +438,13 @@ TEXTS = {
 def save_checkpoint(folder: str, **metadata: Any) -> None:
     model = GPT(GPTConfig(3, 8, n_layer=1, n_head=1, n_embd=4))
     checkpoint.save(folder, model, None, {}, {}, metadata=metadata)
+
+
+def write_parameter_files() -> None:
+    _, vocabulary, _ = read_documents("asked.txt")
+    for name, changes in (("params", {}), ("latents", {"perceiver": True, "bottleneck_dim": 32})):
+        config = GPTConfig(len(vocabulary), 128, n_layer=2, n_head=1, n_embd=4, **changes)
+        write_parameters(name, GPT(config).state_dict(), {"vocabulary": vocabulary.chars})
 
 
 def without(content: dict[str, Any], name: str) -> dict[str, Any]:
@@ -442,6 +539,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[in
     Path("loop").symlink_to("loop")
     Path("nothing").mkdir()
     write_checkpoints()
+    write_parameter_files()
     yield entries()
     os.chdir(before)
 
@@ -455,6 +553,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("nlpfast.train.trainer.Trainer.run", work)
     monkeypatch.setattr("nlpfast.decoding.generate", work)
+    monkeypatch.setattr("nlpfast.train.birthplaces_answers.generate", work)
     monkeypatch.setattr("nlpfast.train.aligner.align_words", work)
     monkeypatch.setattr(bench.benchmark_module("measure"), "run", work)
     really_open = io.open
@@ -494,24 +593,24 @@ def test_the_table_is_long_and_has_nothing_twice() -> None:
     assert len({tuple(shlex.split(command)) for command, *_ in BAD}) == len(BAD)
 
 
-def options_of(parser: argparse.ArgumentParser, words: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the long options of all verbs, each after the words of its verb."""
+def options_of(parser: argparse.ArgumentParser, words: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yield the long options of all verbs, in all their spellings, each after the words of its verb."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, below in action.choices.items():
                 yield from options_of(below, f"{words} {name}".strip())
-        else:
-            yield from ((words, option) for option in action.option_strings if option.startswith("--"))
+        elif spellings := [option for option in action.option_strings if option.startswith("--")]:
+            yield words, spellings
 
 
 def test_every_option_is_given_wrongly_at_least_once() -> None:
-    asked = [(words, option) for words, option in options_of(build_parser()) if words]
-    asked = [(words, option) for words, option in asked if option not in ("--help", "--debug")]
+    asked = [(words, options) for words, options in options_of(build_parser()) if words]
+    asked = [(words, options) for words, options in asked if options[0] not in ("--help", "--debug")]
     assert len(asked) > 40
     given = [(command, re.split("[ =]", command)) for command, *_ in BAD]
     missing = [
-        f"{words} {option}"
-        for words, option in asked
-        if not any(command.startswith(words) and option in parts for command, parts in given)
+        f"{words} {options}"
+        for words, options in asked
+        if not any(command.startswith(words) and set(options) & set(parts) for command, parts in given)
     ]
     assert not missing, f"no bad invocation of {missing}"

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from nlpfast.data.birthplaces import MASK, PAD, CharCorruptionDataset, NameDataset, corpus_vocabulary
+from nlpfast.data.birthplaces import (
+    MASK,
+    PAD,
+    CharCorruptionDataset,
+    NameDataset,
+    corpus_vocabulary,
+    packed,
+    padded,
+)
 from nlpfast.data.text import DataError
 
 WORDS = "Ada Abbott was born in Rome. Émil Bell\tx"
@@ -128,3 +136,71 @@ def test_what_cannot_be_is_refused(documents, options, error, message):
         CharCorruptionDataset(documents, VOCABULARY, **{"block_size": 64, **options})
     with pytest.raises(IndexError):
         CharCorruptionDataset(["a"], VOCABULARY, 64)[1]
+
+
+@pytest.mark.parametrize("compat", [None, "seed"])
+def test_a_prefix_is_all_but_the_span(compat):
+    plain = CharCorruptionDataset(DOCUMENTS, VOCABULARY, 64, compat=compat)
+    data = CharCorruptionDataset(DOCUMENTS, VOCABULARY, 64, compat=compat, prefix=True)
+    for epoch in range(20):
+        plain.epoch = data.epoch = epoch
+        for index in range(len(DOCUMENTS)):
+            x, y, prefix = data[index]
+            assert torch.equal(x, plain[index][0])
+            before, after, span = text_of(plain[index]).rstrip(PAD).split(MASK)
+            assert prefix == len(before + after) + 2
+            # the mark at the end of the prefix is the first that has something to predict
+            assert VOCABULARY.decode(y) == PAD * (prefix - 1) + span + PAD * (64 - prefix - len(span))
+
+
+def test_the_prefix_of_a_question_has_its_mark():
+    data = NameDataset(["Where was Ada?\tRome", "W\tR"], VOCABULARY, 24, prefix=True)
+    x, y, prefix = data[0]
+    assert prefix == len("Where was Ada?⁇")
+    assert torch.equal(x, NameDataset(["Where was Ada?\tRome"], VOCABULARY, 24)[0][0])
+    assert VOCABULARY.decode(y) == PAD * 14 + "Rome⁇" + PAD * 4
+    assert data[1][2] == 2 and VOCABULARY.decode(data[1][1]) == PAD + "R⁇" + PAD * 20
+
+
+ITEMS = [
+    NameDataset([row], VOCABULARY, 64)[0] for row in ("Where was Ada?\tRome", "W\tR", "Where was?\tRome")
+]
+
+
+def test_a_packed_batch_has_what_is_before_the_last_target():
+    tokens, targets, ends, longest = packed(ITEMS)
+    assert len(tokens) == len(targets) == ends[-1] == 256 and longest == 19
+    assert ends[:4].tolist() == [0, 19, 22, 37]
+    for (x, y), start, stop in zip(ITEMS, ends[:-1].tolist(), ends[1:].tolist(), strict=False):
+        assert torch.equal(tokens[start:stop], x[: stop - start])
+        assert torch.equal(targets[start:stop], y[: stop - start])
+        # nothing that counts is left out, and the last one counts
+        assert not y[stop - start :].any() and y[stop - start - 1]
+    # sequences that fill up to a round number: none longer than the others, and nothing counts
+    assert not tokens[37:].any() and not targets[37:].any()
+    assert ends.diff().max() == longest and ends.diff().min() > 0
+
+
+@pytest.mark.parametrize("length", [1, 8, 16, 100, 255, 256, 257])
+def test_packed_batches_have_few_sizes(length):
+    x = torch.ones(length, dtype=torch.int64)
+    for number in (1, 2, 16):
+        tokens, targets, ends, longest = packed([(x, x)] * number)
+        assert len(tokens) == -(-number * length // 256) * 256 == ends[-1]
+        assert longest == length == ends.diff().max()
+        assert int(targets.sum()) == number * length
+
+
+def test_an_item_without_targets_has_one_token():
+    nothing = torch.zeros(63, dtype=torch.int64)
+    assert packed([(nothing, nothing)])[2][1] == 1
+    assert packed([(nothing, nothing), ITEMS[0][:2]])[2][:3].tolist() == [0, 1, 20]
+
+
+def test_a_padded_batch_is_as_wide_as_its_longest_item():
+    x, y = padded(ITEMS)
+    assert x.shape == y.shape == (3, 19)
+    assert torch.equal(x[1], ITEMS[1][0][:19]) and torch.equal(y[0], ITEMS[0][1][:19])
+    data = NameDataset(["Where was Ada?\tRome", "W\tR"], VOCABULARY, 64, prefix=True)
+    x, y, prefixes = padded([data[0], data[1]])
+    assert x.shape == (2, 19) and prefixes.tolist() == [15, 2]

@@ -192,3 +192,13 @@ def test_overflow_now_and_then_is_no_reason_to_give_up(monkeypatch):
     settings = config(dtype="float16", max_steps=9)
     trainer = train(Bigram(torch.float32), Sentences(36), settings, loss_fn=loss)
     assert trainer.state.skipped_steps == 6
+
+
+def test_the_schedule_can_count_examples_with_their_padding():
+    """As minGPT does: 3 examples of 8 positions a step, whatever the number of targets that count."""
+    data = Sentences(6, empty=(1,))
+    settings = {"schedule": "cosine", "warmup_tokens": 24, "final_tokens": 24 * 9, "sampling": "sequential"}
+    trainer = train(Bigram(), data, config(**settings, max_steps=4, batch_size=3), schedule_tokens=8)
+    assert trainer.state.tokens == 4 * 3 * 8
+    expected = 0.5 * 0.5 * (1 + math.cos(math.pi * (96 - 24) / (216 - 24)))
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
