@@ -1,5 +1,5 @@
 # Every verb makes the virtual environment .venv when it is missing, and brings it up to date when the build changed.
-#   make demo | test | lint | types | bench | sanitize | soak | gpu | clean
+#   make demo | test | lint | types | bench | sanitize | soak | gpu | birthplaces | clean
 
 PYTHON ?= python3
 # A build without the native library is not what these verbs are for; NLPFAST_NATIVE=auto lets it pass.
@@ -12,12 +12,13 @@ INSTALLED := .venv/installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cpu test-triton test-triton-attention test-triton-losses lint types bench sanitize soak gpu clean
+.PHONY: demo test test-cpu test-triton test-triton-attention test-triton-losses lint types bench sanitize soak gpu
+.PHONY: birthplaces clean
 
-# Trains a small GPT on the text that comes with nlpfast, writes a sample, and times the kernel against PyTorch's.
+# Trains small GPTs that learn where invented people were born, with and without pretraining and bottleneck, and
+# times the kernel against PyTorch's.
 demo: $(INSTALLED)
-	$(BIN)/nlpfast train lm --output-dir runs/demo --overwrite --max-steps 1000 --eval-every 200 --log-every 100
-	$(BIN)/nlpfast generate runs/demo/best --max-new-tokens 400 --temperature 0.7
+	$(BIN)/nlpfast birthplaces demo --output_dir runs/demo
 	$(BIN)/nlpfast bench attention --quick
 
 # Three parts, for `make -j2 test`; the last two run the Triton kernels on the CPU, in float32.
@@ -87,6 +88,22 @@ gpu:
 		mkdir -p benchmarks/results && $(PYTHON) -m pytest tests -m cuda && \
 			$(PYTHON) -m nlpfast bench --quick --device cuda --output benchmarks/results; \
 	fi
+
+# The whole task of CS224N's assignment 5 on its files in DATA, with the interpreter as it is, as for gpu: make
+# birthplaces DATA=... PYTHON=... TASK='--dtype bfloat16 --max_epochs 100'. Some minutes on a GPU.
+DATA ?= .
+TASK ?= --dtype bfloat16
+RUN_BIRTHPLACES = $(PYTHON) -m nlpfast birthplaces
+birthplaces:
+	mkdir -p runs/birthplaces
+	set -e; corpus=$(DATA)/wiki.txt; for variant in vanilla perceiver; do kept=runs/birthplaces/$$variant; \
+		$(RUN_BIRTHPLACES) pretrain $$variant $$corpus --bottleneck_dim 64 --writing_params_path $$kept.pretrain $(TASK); \
+		$(RUN_BIRTHPLACES) finetune $$variant $$corpus --bottleneck_dim 64 --reading_params_path $$kept.pretrain \
+			--writing_params_path $$kept.finetune --finetune_corpus_path $(DATA)/birth_places_train.tsv \
+			$(filter --compat seed --prefix_lm,$(TASK)); \
+		$(RUN_BIRTHPLACES) evaluate $$variant $$corpus --bottleneck_dim 64 --reading_params_path $$kept.finetune \
+			--eval_corpus_path $(DATA)/birth_dev.tsv --outputs_path $$kept.dev $(filter --prefix_lm,$(TASK)); \
+	done
 
 clean:
 	rm -rf build dist runs/demo *.egg-info nlpfast/*.so $(INSTALLED)

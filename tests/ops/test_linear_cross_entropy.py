@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_cross_entropy import IGNORED, SMOOTHINGS, eager, reduce
 from torch import Tensor
 
-from nlpfast import linear_cross_entropy
+from nlpfast import dispatch, linear_cross_entropy
 from nlpfast.ops import projected_chunks
 from nlpfast.testing import assert_no_worse
 
@@ -273,3 +273,29 @@ def test_errors_name_the_argument(changes, error, message) -> None:
     }
     with pytest.raises(error, match=message):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_of_16_bits_come_in_few_sizes(dtype, monkeypatch):
+    """Each number of rows is compiled and kept by oneDNN: gigabytes, were it another in every step."""
+    cpu = dispatch.registry[OP]["cpu"]
+    sizes = []
+    real = cpu._Products
+
+    def watched(rows, *others):
+        sizes.append(len(rows))
+        return real(rows, *others)
+
+    monkeypatch.setattr(cpu, "_Products", watched)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 8, generator=generator).to(dtype).requires_grad_() for n in (300, 11))
+    for count in (0, 1, 63, 64, 65, 200, 299):
+        target = torch.randint(11, (300,), generator=generator)
+        target[torch.randperm(300, generator=generator)[count:]] = -100
+        loss = linear_cross_entropy(x, weight, target, reduction="none", backend="cpu")
+        (loss * torch.arange(300)).sum().backward()
+        assert loss.shape == (300,) and not x.grad[target == -100].any()
+        x.grad = weight.grad = None
+        expected = count if dtype == torch.float32 else -(-count // 64) * 64
+        assert set(sizes) == {expected}, count
+        sizes.clear()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nlpfast.ops import large_buffers, projected_chunks
@@ -23,6 +24,10 @@ SERVES = "float32, bfloat16 and float16, any sizes, any strides"
 CHUNK_LOGITS = 1 << 24
 # Classes whose products are converted together: a megabyte or two, which stay in a cache.
 CLASSES = 1024
+
+# Rows that count are made a multiple of it, in 16 bits: oneDNN compiles a product for each number of rows and
+# keeps the last 1,024 of them, gigabytes if their number is another in every step.
+ROUNDED = 64
 
 # Whether the CPU multiplies the type itself: without, PyTorch's products are slower than those of float32.
 _MULTIPLIES = {
@@ -175,20 +180,29 @@ def _backward(
     products = _Products(rows, linear_weight, linear_bias, wanted)
     upstream, saved = grad_loss.reshape(1, -1), statistics.view(1, -1, 2)
     if kept is not None:
-        upstream, saved = upstream[:, kept], saved[:, kept]
+        more = len(rows) - len(kept)
+        upstream = F.pad(upstream[:, kept], (0, more))
+        saved = F.pad(saved[:, kept], (0, 0, 0, more))
     options = (ignore_index, pad_index, on_target, on_other)
     projected_chunks.backward(products, cross_entropy, upstream, index, saved, options)
     return _gradients(products, kept, input)
 
 
 def _rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the rows that count, [N, D], their targets, [1, N], and which these are, None for all."""
+    """Return the rows that count, [N, D], their targets, [1, N], and which these are, None for all.
+
+    There may be more rows than that, of zeros, which do not count.
+    """
     rows, index = input.flatten(0, -2), target.flatten()
     counted = index != ignore_index
     if bool(counted.all()):
         return rows.contiguous(), index.unsqueeze(0), None
     kept = counted.nonzero().squeeze(1)
-    return rows.index_select(0, kept), index[kept].unsqueeze(0), kept
+    rows, index = rows.index_select(0, kept), index[kept]
+    if rows.dtype != torch.float32:
+        missing = -len(rows) % ROUNDED
+        rows, index = F.pad(rows, (0, 0, 0, missing)), F.pad(index, (0, missing), value=ignore_index)
+    return rows, index.unsqueeze(0), kept
 
 
 def _spread(rows: Tensor, kept: Tensor | None, lead: torch.Size) -> Tensor:
@@ -196,6 +210,7 @@ def _spread(rows: Tensor, kept: Tensor | None, lead: torch.Size) -> Tensor:
     shape = (*lead, *rows.shape[1:])
     if kept is None:
         return rows.view(shape)
+    rows = rows[: len(kept)]
     return rows.new_zeros(lead.numel(), *rows.shape[1:]).index_copy_(0, kept, rows).view(shape)
 
 
