@@ -16,8 +16,8 @@ from types import ModuleType
 from nlpfast.cli.options import UsageError
 from nlpfast.files import replacing
 
-# The benchmark of nlpfast.accelerate, besides those of the ops.
-MODELS = "modules"
+# The benchmarks of whole models, besides those of the ops: they have no backend to name, and a CPU.
+MODELS = ("modules", "training")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "op",
         nargs="?",
-        choices=[*ops(), MODELS],
-        help=f"the op to measure, or {MODELS}: whole models before and after the switch, on a CPU (all)",
+        choices=[*ops(), *MODELS],
+        help="the op to measure; or on a CPU modules, models before and after the switch, or training, whole "
+        "steps against eager code (all)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="fewer sizes: 50 seconds on a CPU, 3 minutes on a GPU"
+        "--quick", action="store_true", help="fewer sizes: 70 seconds on a CPU, 3 minutes on a GPU"
     )
     parser.add_argument(
         "--threads",
@@ -98,7 +99,7 @@ def ops() -> list[str]:
 
 def _names(asked: str | None, device: str, backend: str | None) -> list[str]:
     """Return what to measure: on a GPU what has cases for one; models with the backend that they get."""
-    names = [*ops(), *([MODELS] if backend is None else [])]
+    names = [*ops(), *(MODELS if backend is None else ())]
     if device != "cpu":
         names = [name for name in names if hasattr(benchmark_module(f"bench_{name}"), "CUDA_CASES")]
     if asked and asked not in names:

@@ -200,6 +200,7 @@ class GPT(nn.Module):
             x = block(x, cache and cache.layers[number], **options)
         return x
 
+    @torch.no_grad()
     def prefill(
         self, idx: Tensor, lengths: Tensor, *, prefix_lengths: Tensor | None = None
     ) -> tuple[Tensor, GPTCache]:
@@ -225,6 +226,7 @@ class GPT(nn.Module):
         rows = torch.arange(len(idx), device=idx.device)
         return self.head(self.ln_f(x[rows, lengths - 1])), cache
 
+    @torch.no_grad()
     def decode(self, tokens: Tensor, cache: GPTCache) -> Tensor:
         """Read one token more of each sequence, and return the logits of the next.
 

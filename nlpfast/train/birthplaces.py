@@ -174,6 +174,7 @@ def _prepared(
             seed=options.seed,
             compat=options.compat,
             prefix=options.prefix_lm,
+            spans=options.spans,
             source=corpus,
         )
     else:
@@ -188,7 +189,7 @@ def _prepared(
     model = build_model(options, variant, vocabulary)
     digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
     own = {"action": action, "variant": variant, "latents": options.bottleneck_dim, "config": options.config}
-    own |= {"prefix_lm": options.prefix_lm, "compat": options.compat}
+    own |= {name: getattr(options, name) for name in ("prefix_lm", "compat", "spans", "dropout")}
     trainer = Trainer(
         *(model, dataset, config),
         loss_fn=cast(Callable[[nn.Module, Any], Tensor], prefix_loss if options.prefix_lm else packed_loss),

@@ -52,15 +52,17 @@ def build_model(options: BirthplacesOptions, variant: str, vocabulary: CharVocab
     Raises:
         DataError: the parameters are of another variant, size or vocabulary; says which option to change.
     """
-    model = GPT(
-        GPTConfig(
-            *(len(vocabulary), BLOCK_SIZE),
-            **SIZES[options.config],
-            perceiver=variant == "perceiver",
-            bottleneck_dim=options.bottleneck_dim,
-            ignore_index=data.PAD_ID,
-        )
+    config = GPTConfig(
+        *(len(vocabulary), BLOCK_SIZE),
+        **SIZES[options.config],
+        perceiver=variant == "perceiver",
+        bottleneck_dim=options.bottleneck_dim,
+        embd_pdrop=options.dropout,
+        attn_pdrop=options.dropout,
+        resid_pdrop=options.dropout,
+        ignore_index=data.PAD_ID,
     )
+    model = GPT(config)
     if options.reading_params_path is not None:
         state, facts = read_parameters(options.reading_params_path)
         _load(model, state, facts, options.reading_params_path, vocabulary)

@@ -13,6 +13,7 @@ from nlpfast.train.config import DTYPES, ConfigError, TrainerConfig, check_optio
 
 BLOCK_SIZE = 128
 VARIANTS = ("vanilla", "perceiver")
+SPANS = ("random", "names")
 SIZES = {
     "full": {"n_layer": 4, "n_head": 8, "n_embd": 256},
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 128},
@@ -44,6 +45,8 @@ class BirthplacesOptions:
     tb_expt_name: str | None = option(None, "also write TensorBoard events, below expt/, by this name")
     config: str = option("full", "size of the model", choices=tuple(SIZES))
     compat: str | None = option(None, "the assignment's own recipe", choices=("seed",))
+    spans: str = option("random", "what documents lack: any span, or names", choices=SPANS)
+    dropout: float = option(0.1, "dropout of embeddings, attention and residuals", least=0, most=1)
     prefix_lm: bool = option(
         False, "documents with their hole, and questions, are read in both directions (vanilla)"
     )

@@ -306,7 +306,7 @@ BIRTHPLACES_WORDS = [
             *("--finetune_corpus_path", "--eval_corpus_path", "--outputs_path", "--finetune_lr slow"),
             *("--tb_expt_name", "--config large", "--compat sead", "--prefix_lm=yes", "--max_epochs x"),
             *("--max_steps x", "--dtype int8", "--device", "--seed x", "--num_workers x", "--log_every x"),
-            *("--save_every x", "--resume=yes", "--overwrite=yes"),
+            *("--save_every x", "--resume=yes", "--overwrite=yes", "--spans words", "--dropout half"),
         )
     ),
     *each(PRETRAIN, USAGE, "(see nlpfast birthplaces pretrain --help)", "extra", "--nothing", "--max-step 1"),
@@ -315,7 +315,7 @@ BIRTHPLACES_WORDS = [
     ),
     *each(PRETRAIN, USAGE, "at least 1 and at most 128", "--bottleneck-dim 0", "--bottleneck-dim 129"),
     *each(PRETRAIN, USAGE, "finite number above 0", "--pretrain-lr 0", "--finetune-lr nan"),
-    *each(PRETRAIN, USAGE, "at least 0", "--num-workers -1", "--seed -1"),
+    *each(PRETRAIN, USAGE, "at least 0", "--num-workers -1", "--seed -1", "--dropout 2"),
     *each(PRETRAIN, USAGE, "give one of auto, cpu, cuda, cuda:N", "--device toaster"),
     ("birthplaces pretrain vanilla good.txt", USAGE, "--writing-params-path", "give the name of a file"),
     (PRETRAIN.format("--resume --overwrite"), USAGE, "--overwrite", "leave out one of the two"),

@@ -110,6 +110,37 @@ def test_the_distribution_of_the_seed(length, empty):
         assert set(sizes[cuts < 8]) == {1}
 
 
+NAMED = "Ada Bell. Ada Bell was born in New York (Rome), to Émil O'Hara-Smith and a mother from Rome in May"
+KNOWN = corpus_vocabulary([NAMED, "ada was", "Aachen Berlin"])
+
+
+def test_names_are_asked_for_once_the_text_has_them():
+    data = CharCorruptionDataset([NAMED], KNOWN, 128, spans="names")
+    found = set()
+    for epoch in range(400):
+        data.epoch = epoch
+        x, y = data[0]
+        before, after, span = KNOWN.decode(torch.cat((x, y[-1:]))).rstrip(PAD).split(MASK)
+        cut = before + span + after
+        assert NAMED.startswith(cut)
+        # nothing that has a beginning before, and nothing whose end is not in sight
+        named = [word for word in ("New York", "Rome", "Émil O'Hara-Smith") if word in cut[:-2]]
+        if named:
+            assert span in named and span not in before
+            found.add(span)
+    assert found == {"New York", "Rome", "Émil O'Hara-Smith"}
+
+
+def test_a_document_without_names_loses_any_span():
+    for document in ("ada was", "Aachen Berlin", "a", ""):
+        plain, named = (
+            CharCorruptionDataset([document], KNOWN, 64, spans=spans) for spans in ("random", "names")
+        )
+        for epoch in range(30):
+            plain.epoch = named.epoch = epoch
+            assert torch.equal(plain[0][0], named[0][0])
+
+
 def test_draws_depend_on_seed_epoch_and_index_alone():
     one, other = (CharCorruptionDataset(DOCUMENTS, VOCABULARY, 64, seed=5) for _ in range(2))
     torch.manual_seed(1), np.random.seed(1)
@@ -129,6 +160,7 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
         ([], {}, DataError, "corpus: has no documents"),
         (["a"], {"block_size": 5}, ValueError, "block_size=5 must be at least 6"),
         (["a"], {"compat": "sead"}, ValueError, "compat='sead' must be None or 'seed'"),
+        (["a"], {"spans": "words"}, ValueError, "spans='words' must be 'random' or 'names'"),
     ],
 )
 def test_what_cannot_be_is_refused(documents, options, error, message):

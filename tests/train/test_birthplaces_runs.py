@@ -154,6 +154,24 @@ def test_the_assignments_schedule_counts_padding_and_decays_all_but_biases(monke
             assert (id(p) in decayed) == (not name.endswith("bias") if all_weights else linear), name
 
 
+def test_spans_and_dropout_reach_data_and_model(monkeypatch):
+    seen = []
+    real = birthplaces.Trainer.run
+
+    def watched(trainer):
+        seen.append(trainer)
+        return real(trainer)
+
+    monkeypatch.setattr(birthplaces.Trainer, "run", watched)
+    pretrain(spans="names", dropout=0.25, max_steps=1)
+    pretrain(max_steps=1)
+    for trainer, dropout in zip(seen, (0.25, 0.1), strict=True):
+        config = trainer.model.config
+        assert (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) == (dropout,) * 3
+    named, plain = (trainer.feed.dataset for trainer in seen)
+    assert any(not torch.equal(named[i][0], plain[i][0]) for i in range(len(named)))
+
+
 def test_the_assignment_reads_names_without_accents_and_keeps_empty_documents(monkeypatch):
     seen = []
     real = birthplaces.Trainer.__init__
