@@ -118,10 +118,15 @@ class _Text:
         B, T = idx.shape
         if lengths is None:
             lengths = torch.full((B,), T, device=idx.device)
-        elif lengths.shape != (B,) or bool(((lengths < 1) | (lengths > T)).any()):
+        elif (
+            lengths.is_floating_point()
+            or lengths.shape != (B,)
+            or bool(((lengths < 1) | (lengths > T)).any())
+        ):
             raise ValueError(
                 f"lengths={lengths.tolist()} must be one number within 1..{T} for each of {B} rows"
             )
+        lengths = lengths.to(torch.int64)
         self.model, self.prompts, self.prefix = model, lengths, prefix
         self.cached, self.cache = use_cache and getattr(model, "can_cache", False), None
         self.rows, self.ends, self.longest = torch.arange(B, device=idx.device), lengths, int(lengths.max())

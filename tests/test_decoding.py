@@ -264,7 +264,7 @@ def loop(model, prompt, count, prefix=False):
 @pytest.mark.parametrize("options", [*CACHED, {"residual": False}, WITHOUT_CACHE], ids=str)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_rows_of_different_lengths_are_written_as_each_alone(lengths, options, use_cache):
-    model, (idx, lengths), count = gpt(**options), prompts(lengths), BLOCK
+    model, (idx, lengths), count = gpt(**options), prompts(lengths), BLOCK - 2
     out = generate(model, idx, count, lengths=lengths, greedy=True, use_cache=use_cache)
     assert out.shape == (len(idx), idx.shape[1] + count) and out.dtype == idx.dtype
     news = set()
@@ -280,7 +280,7 @@ def test_rows_of_different_lengths_are_written_as_each_alone(lengths, options, u
 @pytest.mark.parametrize("lengths", [*UNEQUAL, [4, 4]], ids=str)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_prompts_seen_in_both_directions(lengths, use_cache):
-    model, (idx, lengths), count = gpt(**VANILLA), prompts(lengths), BLOCK
+    model, (idx, lengths), count = gpt(**VANILLA), prompts(lengths), BLOCK - 2
     options = {"lengths": lengths, "greedy": True, "use_cache": use_cache}
     out = generate(model, idx, count, prefix=True, **options)
     for row, n in enumerate(lengths.tolist()):
@@ -386,3 +386,11 @@ def test_lengths_that_do_not_fit_are_refused(lengths, model):
     with pytest.raises(ValueError) as error:
         generate(model(), PROMPT, 2, lengths=torch.tensor(lengths))
     assert f"lengths={lengths} must be one number within 1..3 for each of 2 rows" in str(error.value)
+
+
+def test_lengths_are_whole_numbers_of_any_kind():
+    expected = generate(gpt(), PROMPT, 4, lengths=torch.tensor([3, 2]), greedy=True)
+    found = generate(gpt(), PROMPT, 4, lengths=torch.tensor([3, 2], dtype=torch.int32), greedy=True)
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"within 1..3 for each of 2 rows"):
+        generate(gpt(), PROMPT, 2, lengths=torch.tensor([3.0, 2.0]))

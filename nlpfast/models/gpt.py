@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from nlpfast.models import pretrained
 from nlpfast.models.gpt_cache import GPTCache
-from nlpfast.models.gpt_config import GPT1Config, GPTConfig, OptimizerOptions, check_call, check_config
+from nlpfast.models.gpt_config import (
+    GPT1Config,
+    GPTConfig,
+    OptimizerOptions,
+    check_call,
+    check_config,
+    check_prompts,
+)
 from nlpfast.models.perceiver import DownProjectBlock, RecentTokensBlock, UpProjectBlock
 from nlpfast.nn import CausalCrossAttention, CausalSelfAttention
 from nlpfast.nn.key_value_cache import KeyValueCache
@@ -183,11 +190,15 @@ class GPT(nn.Module):
         out = self.up_block(y, x, layer_past=cache and cache.up)
         return out
 
-    def _embedded(self, idx: Tensor, packing: Packing | None) -> Tensor:
+    def _words(self, idx: Tensor) -> Tensor:
         try:
-            x = self.tok_emb(idx)
+            words: Tensor = self.tok_emb(idx)
         except IndexError:
             raise _outside(idx, self.config.vocab_size) from None
+        return words
+
+    def _embedded(self, idx: Tensor, packing: Packing | None) -> Tensor:
+        x = self._words(idx)
         if packing is None:
             x = x + self.pos_emb[:, : idx.shape[1]]
         else:
@@ -209,18 +220,19 @@ class GPT(nn.Module):
         Args:
             idx: prompts [B, T], the shorter ones filled up at their ends.
             lengths: tokens of each prompt, int64 [B], 1..T.
-            prefix_lengths: see `forward`.
+            prefix_lengths: see `forward`; within the prompts.
 
         Returns:
             logits [B, V], and the keys and values of all layers.
 
         Raises:
-            ValueError: as `forward`, or the model has no cache.
+            ValueError: as `forward`, the lengths do not fit, or the model has no cache.
         """
         check_call(self.config, idx, None, prefix_lengths, None)
         if self._recent:
             rule = "every token moves all of its latents; read the last block_size tokens again"
             raise ValueError(f"config.causal_align='bottom_right' has no cache: {rule}")
+        check_prompts(idx, lengths, prefix_lengths)
         cache = GPTCache(self.config, lengths)
         x = self._last_layer(idx, prefix_lengths, cache=cache)
         rows = torch.arange(len(idx), device=idx.device)
@@ -239,12 +251,15 @@ class GPT(nn.Module):
             logits [B, V].
 
         Raises:
-            ValueError: when a sequence has `block_size` tokens already.
+            ValueError: when a sequence has `block_size` tokens already, or there is not a token for each.
         """
+        if tokens.shape != cache.lengths.shape:
+            rule = f"the cache has {len(cache.lengths)} sequences; give [B]"
+            raise ValueError(f"tokens has shape {list(tokens.shape)}, {rule}")
         if cache.longest >= self.block_size:
             fix = "read the last of them again, by prefill"
             raise ValueError(f"cache has {cache.longest} tokens, block_size={self.block_size}: {fix}")
-        x = self.tok_emb(tokens) + self.pos_emb[0, cache.lengths]
+        x = self._words(tokens) + self.pos_emb[0, cache.lengths]
         x = self.drop(x)[:, None]
         if not self.config.perceiver:
             x = self._through_blocks(x, cache)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nlpfast.nn.packing import Packing
 
-__all__ = ["GPT1Config", "GPTConfig", "OptimizerOptions", "check_call", "check_config"]
+__all__ = ["GPT1Config", "GPTConfig", "OptimizerOptions", "check_call", "check_config", "check_prompts"]
 
 
 class GPTConfig:
@@ -127,6 +127,9 @@ def check_config(config: GPTConfig) -> None:
     if config.causal_align not in ("top_left", "bottom_right"):
         rule = "must be 'top_left' or 'bottom_right'; pass one of them"
         raise ValueError(f"config.causal_align={config.causal_align!r} {rule}")
+    if config.causal_align == "bottom_right" and not config.perceiver:
+        rule = "is an alignment of the bottleneck; pass perceiver=True too"
+        raise ValueError(f"config.causal_align='bottom_right' {rule}")
     if config.perceiver and config.causal_align == "top_left" and config.n_layer < 2:
         rule = "must be at least 2 with perceiver=True; two are the bottleneck's"
         raise ValueError(f"config.n_layer={config.n_layer} {rule}")
@@ -172,3 +175,19 @@ def check_call(
     if packing is not None and config.perceiver and config.causal_align == "bottom_right":
         rule = "the last m tokens are those of all rows alike; leave it out"
         raise ValueError(f"packing is given to a model with causal_align='bottom_right': {rule}")
+
+
+def check_prompts(idx: Tensor, lengths: Tensor, prefix_lengths: Tensor | None) -> None:
+    """Raise ValueError unless prompts have these lengths; see `GPT.prefill`.
+
+    Args:
+        idx: tokens [B, T].
+        lengths: of the prompts.
+        prefix_lengths: of prefixes that are seen from everywhere.
+    """
+    B, T = idx.shape
+    if lengths.shape != (B,) or bool(((lengths < 1) | (lengths > T)).any()):
+        raise ValueError(f"lengths={lengths.tolist()} must be one number within 1..{T} for each of {B} rows")
+    if prefix_lengths is not None and bool((prefix_lengths > lengths).any()):
+        rule = f"must lie within the prompts, whose lengths are {lengths.tolist()}"
+        raise ValueError(f"prefix_lengths={prefix_lengths.tolist()} {rule}")

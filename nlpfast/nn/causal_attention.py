@@ -149,7 +149,7 @@ class CausalSelfAttention(_CausalAttention):
             [B, T, C], or [N, C], the dtype of `x`.
 
         Raises:
-            ValueError: when `x` is not [B, T, n_embd], or two of the options are given together.
+            ValueError: when `x` is not [B, T, n_embd], or `packing` is given with another option.
         """
         given = {"layer_past": layer_past, "prefix_lengths": prefix_lengths, "packing": packing}
         names = [name for name, value in given.items() if value is not None]
@@ -196,9 +196,11 @@ class CausalCrossAttention(_CausalAttention):
             causal_align: "top_left" or "bottom_right".
 
         Raises:
-            ValueError: when `n_embd` is not a positive multiple of `n_head`.
+            ValueError: when `n_embd` is not a positive multiple of `n_head`, or `causal_align` is unknown.
         """
         super().__init__(config)
+        if causal_align not in ("top_left", "bottom_right"):
+            raise ValueError(f"causal_align={causal_align!r} must be 'top_left' or 'bottom_right'")
         self.causal_align = causal_align
 
     def forward(
@@ -226,15 +228,22 @@ class CausalCrossAttention(_CausalAttention):
             [B, Tq, C], or [Nq, C], the dtype of `x_q`.
 
         Raises:
-            ValueError: when an input is not [B, T, n_embd] or the batches differ and neither is 1.
+            ValueError: when an input is not [B, T, n_embd] or the batches differ and neither is 1; when one
+                packing is given without the other, or with `layer_past`.
         """
         C = self.proj.in_features
-        if packing is not None and kv_packing is not None and x_kv is not None:
+        if packing is not None or kv_packing is not None:
+            if packing is None or kv_packing is None or x_kv is None or layer_past is not None:
+                rule = "go together, with x_kv and without layer_past; give both or none"
+                raise ValueError(f"packing and kv_packing {rule}")
             return self._attend_packed(x_q, x_kv, packing, kv_packing)
         check_sequence("x_q", x_q, C, "n_embd")
         if x_kv is not None:
             check_sequence("x_kv", x_kv, C, "n_embd")
         if layer_past is not None and layer_past.longest:
+            if x_q.shape[1] != 1 or (x_kv is not None and x_kv.shape[1] != 1):
+                rule = "with keys in layer_past there is one position of each"
+                raise ValueError(f"x_q has Tq={x_q.shape[1]} positions, {rule}; give them one by one")
             return self._attend_cached(x_q, x_kv, layer_past)
         if x_kv is None:
             raise ValueError("x_kv is None, and there are no keys in layer_past; give [B, Tk, C]")

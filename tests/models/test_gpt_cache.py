@@ -107,6 +107,15 @@ def test_caches_of_one_model_know_nothing_of_each_other():
             torch.testing.assert_close(logits[0], expected[row, place], rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("options", [VANILLA, {}], ids=str)
+def test_callers_need_not_turn_gradients_off(options):
+    gpt, whole, lengths = model(**options), texts(2), torch.tensor([2, M + 1])
+    start = gpt.prefill(prompts(whole, lengths), lengths)
+    assert_follows(gpt, whole, lengths, gpt(whole)[0].detach(), 1e-11, start)
+    assert not start[0].requires_grad and not gpt.prefill(whole, lengths)[1].layers[0].seen()[0].requires_grad
+    assert torch.is_grad_enabled()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", [VANILLA, {}], ids=str)
 @pytest.mark.parametrize("lengths", [[T], [3, T], [2, T - 1]], ids=str)
@@ -196,3 +205,29 @@ def test_prompts_with_all_latents_go_through_no_block_again(length, monkeypatch)
     ran.clear(), looked.clear()
     gpt.decode(whole[:, length], cache)
     assert (ran, looked) == ([("up_block", 1)], [(1, M)])
+
+
+@pytest.mark.parametrize("options", [VANILLA, {}], ids=str)
+@pytest.mark.parametrize("lengths", [[0, 3], [4, 3], [2], [1, 2, 3]], ids=str)
+def test_lengths_that_are_not_of_the_prompts_are_refused(options, lengths):
+    with pytest.raises(ValueError) as error:
+        model(**options).prefill(texts(2)[:, :3], torch.tensor(lengths))
+    assert f"lengths={lengths} must be one number within 1..3 for each of 2 rows" in str(error.value)
+
+
+def test_a_prefix_is_part_of_its_prompt():
+    lengths = torch.tensor([2, 3])
+    with pytest.raises(ValueError, match=r"prefix_lengths=\[2, 4\] must lie within the prompts, .*\[2, 3\]"):
+        model(**VANILLA).prefill(texts(2), lengths, prefix_lengths=torch.tensor([2, 4]))
+
+
+@pytest.mark.parametrize("options", [VANILLA, {}], ids=str)
+def test_there_is_one_known_token_for_each_sequence(options):
+    gpt = model(**options)
+    _, cache = gpt.prefill(texts(2)[:, :3], torch.tensor([2, 3]))
+    for shape in ((2, 1), (1,), (3,), ()):
+        with pytest.raises(ValueError, match="the cache has 2 sequences; give"):
+            gpt.decode(torch.ones(shape, dtype=torch.int64), cache)
+    with pytest.raises(ValueError, match=rf"idx\[1\] is {V}, outside the vocabulary"):
+        gpt.decode(torch.tensor([0, V]), cache)
+    assert cache.lengths.tolist() == [2, 3]

@@ -64,7 +64,7 @@ def test_nothing_in_a_pickle_is_executed(zipped):
     with pytest.raises(DataError, match="file: is damaged, or holds more than tensors"):
         read_parameters("file")
     Path("file").write_bytes(pickle.dumps(Evil(), protocol=2))
-    with pytest.raises(DataError, match="^file: "):
+    with pytest.raises(DataError, match=r"^file: "):
         read_parameters("file")
     assert not Path("executed").exists()
 
@@ -78,7 +78,7 @@ def test_damaged_files_are_named(source):
     content = Path("file").read_bytes()
     for size in (0, 1, 2, 3, 9, len(content) // 2, len(content) - 1):
         Path("file").write_bytes(content[:size])
-        with pytest.raises(DataError, match="^file: (not a readable file of parameters|is damaged)"):
+        with pytest.raises(DataError, match=r"^file: (not a readable file of parameters|is damaged)"):
             read_parameters("file")
 
 

@@ -353,5 +353,30 @@ def test_batches_that_differ_are_refused(align):
 
 
 def test_an_alignment_that_is_neither_is_refused():
-    with pytest.raises(ValueError, match=r"causal_align.*'bottom'.* must be 'top_left' or 'bottom_right'"):
-        cross(causal_align="bottom")(inputs(), inputs())
+    with pytest.raises(ValueError, match="causal_align='bottom' must be 'top_left' or 'bottom_right'"):
+        cross(causal_align="bottom")
+
+
+@pytest.mark.parametrize(
+    "given", [{"packing"}, {"kv_packing"}, {"packing", "kv_packing", "layer_past"}], ids=str
+)
+def test_packings_go_together_and_alone(given):
+    packing = Packing.of_lengths(torch.tensor([2, 3]))
+    rows = torch.zeros(5, C, dtype=torch.float64)
+    every = {"packing": packing, "kv_packing": packing, "layer_past": KeyValueCache(T, torch.tensor([2, 3]))}
+    options = {name: every[name] for name in given}
+    with pytest.raises(
+        ValueError, match="packing and kv_packing go together, with x_kv and without layer_past"
+    ):
+        cross()(rows, rows, **options)
+    with pytest.raises(ValueError, match="packing and kv_packing go together"):
+        cross()(None, rows, packing=packing, kv_packing=packing)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(2, 1), (1, 2), (2, None)])
+def test_keys_that_are_there_are_asked_one_by_one(queries, keys):
+    cache = KeyValueCache(T, torch.tensor([2, 2]))
+    with torch.no_grad():
+        cross()(inputs(2), inputs(2), layer_past=cache)
+        with pytest.raises(ValueError, match="with keys in layer_past there is one position of each"):
+            cross()(None if keys is None else inputs(keys), inputs(queries), layer_past=cache)
