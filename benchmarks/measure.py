@@ -4,7 +4,8 @@ A benchmark module (`bench_<op>.py`) offers the names `OP`, `CASES`, `OURS`, `PE
 
 - `describe(case)`: the case as plain data, with its `name`, its `goal` against the first of `PEERS` and its
   `best_goal` against the fastest (ratios of times, or None), and maybe `goals` by the names of peers; a case
-  also says whether it is `quick`;
+  also says whether it is `quick`, and maybe which of `PEERS` it has on the CPU (`peers`) and, where a step
+  takes seconds, how many rounds warm up and how many are timed at least (`rounds`);
 - `flops(case)`: floating-point operations of one step;
 - `unavailable(implementation)`: None, or why it cannot run here;
 - maybe `memory(case, implementation)`: megabytes that a step takes on the CPU, or None; a case's
@@ -42,6 +43,7 @@ from .gpu import Gpu, Step, Timer, Times, timers_of
 
 T = TypeVar("T")
 Result = dict[str, Any]
+Rounds = tuple[int, int] | None
 
 WARMUP_ROUNDS = 3
 MIN_ROUNDS = 5
@@ -128,35 +130,36 @@ def machine_facts(device: str = "cpu") -> Result:
         device: whose name is among them, if it is not the CPU.
     """
     gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
-    return {
-        "machine": {**info.machine(), **gpu},
-        "versions": info.versions(),
-        "native": info.native_library(),
-    }
+    machine = {**info.machine(), **gpu}
+    return {"machine": machine, "versions": info.versions(), "native": info.native_library()}
 
 
-def interleave(steps: Mapping[str, Step], seconds: float) -> dict[str, list[float]]:
+def interleave(steps: Mapping[str, Step], seconds: float, rounds: Rounds = None) -> dict[str, list[float]]:
     """Time several steps in turn, A B A B ..., so that a slow phase of the machine falls on all of them.
 
     Args:
         steps: name to a callable of no arguments.
-        seconds: how long to go on; at least MIN_ROUNDS rounds are run, at most MAX_ROUNDS.
+        seconds: how long to go on; at most MAX_ROUNDS rounds are run.
+        rounds: how many warm up and how many are run at least, by default WARMUP_ROUNDS and MIN_ROUNDS.
 
     Returns:
         Name to the seconds of each round.
     """
-    return take_turns({name: partial(_timed, step) for name, step in steps.items()}, seconds)
+    return take_turns({name: partial(_timed, step) for name, step in steps.items()}, seconds, rounds)
 
 
-def take_turns(clocks: Mapping[str, Callable[[], T]], seconds: float) -> dict[str, list[T]]:
+def take_turns(
+    clocks: Mapping[str, Callable[[], T]], seconds: float, rounds: Rounds = None
+) -> dict[str, list[T]]:
     """Collect what several clocks say, in turn; a clock runs what it times. See `interleave`."""
-    for _ in range(WARMUP_ROUNDS):
+    warmups, least = rounds or (WARMUP_ROUNDS, MIN_ROUNDS)
+    for _ in range(warmups):
         for clock in clocks.values():
             clock()
     times: dict[str, list[T]] = {name: [] for name in clocks}
     end = time.perf_counter() + seconds
-    for rounds in range(MAX_ROUNDS):
-        if rounds >= MIN_ROUNDS and time.perf_counter() > end:
+    for done in range(MAX_ROUNDS):
+        if done >= least and time.perf_counter() > end:
             break
         for name, clock in clocks.items():
             times[name].append(clock())
@@ -206,9 +209,8 @@ def check_errors(case: str, ours: Mapping[str, float], baseline: Mapping[str, fl
         limit = 4 * baseline[tensor] + 1e-7
         # a NaN is not within any limit
         if not error <= limit:
-            raise RuntimeError(
-                f"{case}: {tensor} has error {error:.2e}, more than {limit:.2e}: fix the kernel"
-            )
+            found = f"{error:.2e}, more than {limit:.2e}"
+            raise RuntimeError(f"{case}: {tensor} has error {found}: fix the kernel")
 
 
 def _implementations(
@@ -216,23 +218,20 @@ def _implementations(
 ) -> tuple[list[str], list[str]]:
     """Return the names that can run here, ours first, and one note for each that cannot."""
     peers, few = (bench.CUDA_PEERS, bench.CUDA_QUICK_PEERS) if on_gpu else (bench.PEERS, 1)
-    names, notes = [], []
-    for name in [bench.OURS, *(peers[:few] if settings.quick else peers)]:
-        reason = bench.unavailable(name)
-        if reason is None:
-            names.append(name)
-        else:
-            notes.append(f"{name} was left out: {reason}")
-    return names, notes
+    offered = [bench.OURS, *(peers[:few] if settings.quick else peers)]
+    reasons = {name: bench.unavailable(name) for name in offered}
+    notes = [f"{name} was left out: {reason}" for name, reason in reasons.items() if reason is not None]
+    return [name for name in offered if reasons[name] is None], notes
 
 
 def _measure_case(
     bench: ModuleType, case: Any, names: Sequence[str], settings: Settings, rates: Result
 ) -> list[Result]:
+    names = [name for name in names if name in (bench.OURS, *getattr(case, "peers", bench.PEERS))]
     errors = bench.errors(case, names, settings)
     steps = {name: bench.passes(case, name, settings, 1)[0].step for name in names}
     seconds = SECONDS_PER_STEP["quick" if settings.quick else "full"] * len(steps)
-    times = interleave(steps, seconds)
+    times = interleave(steps, seconds, getattr(case, "rounds", None))
     rows = _rows(bench, case, settings, rates, times, errors)
     if hasattr(bench, "memory") and torch.get_num_threads() == 1:
         megabytes = {name: bench.memory(case, name) for name in names}

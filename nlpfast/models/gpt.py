@@ -33,6 +33,7 @@ from nlpfast.models.gpt_config import (
     check_call,
     check_config,
     check_prompts,
+    outside_vocabulary,
 )
 from nlpfast.models.perceiver import DownProjectBlock, RecentTokensBlock, UpProjectBlock
 from nlpfast.nn import CausalCrossAttention, CausalSelfAttention
@@ -194,7 +195,7 @@ class GPT(nn.Module):
         try:
             words: Tensor = self.tok_emb(idx)
         except IndexError:
-            raise _outside(idx, self.config.vocab_size) from None
+            raise outside_vocabulary(idx, self.config.vocab_size) from None
         return words
 
     def _embedded(self, idx: Tensor, packing: Packing | None) -> Tensor:
@@ -346,11 +347,3 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def _outside(idx: Tensor, V: int) -> ValueError:
-    place = ((idx < 0) | (idx >= V)).nonzero()[0].tolist()
-    return ValueError(
-        f"idx{place} is {int(idx[tuple(place)])}, outside the vocabulary 0..{V - 1}; "
-        "encode the text with the vocabulary the model was built for"
-    )

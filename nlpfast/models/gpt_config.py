@@ -9,7 +9,15 @@ from torch import Tensor
 
 from nlpfast.nn.packing import Packing
 
-__all__ = ["GPT1Config", "GPTConfig", "OptimizerOptions", "check_call", "check_config", "check_prompts"]
+__all__ = [
+    "GPT1Config",
+    "GPTConfig",
+    "OptimizerOptions",
+    "check_call",
+    "check_config",
+    "check_prompts",
+    "outside_vocabulary",
+]
 
 
 class GPTConfig:
@@ -191,3 +199,17 @@ def check_prompts(idx: Tensor, lengths: Tensor, prefix_lengths: Tensor | None) -
     if prefix_lengths is not None and bool((prefix_lengths > lengths).any()):
         rule = f"must lie within the prompts, whose lengths are {lengths.tolist()}"
         raise ValueError(f"prefix_lengths={prefix_lengths.tolist()} {rule}")
+
+
+def outside_vocabulary(idx: Tensor, V: int) -> ValueError:
+    """Return the error that names the first token outside of 0..V-1.
+
+    Args:
+        idx: tokens, one of them outside.
+        V: characters of the vocabulary.
+    """
+    place = ((idx < 0) | (idx >= V)).nonzero()[0].tolist()
+    return ValueError(
+        f"idx{place} is {int(idx[tuple(place)])}, outside the vocabulary 0..{V - 1}; "
+        "encode the text with the vocabulary the model was built for"
+    )

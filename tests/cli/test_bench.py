@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from nlpfast.cli import bench, main
 from nlpfast.cli.options import UsageError
@@ -35,6 +36,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"B": 2, "T": 9, "C": 16, "H": 2, "M": 4}.items():
         monkeypatch.setattr(modules, name, size)
     monkeypatch.setattr(modules, "CASES", (modules.Case("CS224N bottleneck", True, quick=True),))
+    training = bench.benchmark_module("bench_training")
+    for name, size in {"C": 16, "H": 2, "LATENTS": 8, "DOCUMENTS": 3, "COMPARED": 2, "B": 2}.items():
+        monkeypatch.setattr(training, name, size)
+    step = training.Pretraining("perceiver", torch.bfloat16, goal=1e9)
+    monkeypatch.setattr(training, "CASES", (step, training.Block(9, 4, goal=1e9, quick=True)))
 
 
 @pytest.mark.parametrize("argv", [["bench"], ["bench", "attention", "--quick"], ["bench", "--threads", "1"]])
@@ -58,6 +64,16 @@ def test_models_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == "modules: CS224N bottleneck training float32, 1 thread\n"
 
 
+def test_whole_steps_against_eager_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "training", "--threads", "1"]) == 0
+    out, err = capsys.readouterr()
+    for peer in ("eager float32", "eager", "sdpa"):
+        assert f"| perceiver pretraining step bfloat16 | 1       | {peer} " in out
+    assert out.count(">= 1e+09 MISSED") == 2
+    assert out.count("compile") == 0
+    assert len(err.splitlines()) == 2
+
+
 def test_output_file_and_folder(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     assert main(["bench", "--threads", "1", "--output", str(file)]) == 0
@@ -78,6 +94,7 @@ def test_output_file_and_folder(tmp_path: Path) -> None:
         ["bench", "--threads", "two"],
         ["bench", "--backend", "abacus"],
         ["bench", "modules", "--backend", "reference"],
+        ["bench", "training", "--backend", "reference"],
         ["bench", "--device", "abacus"],
         ["bench", "--device", "cuda:99"],
         ["bench", "--output", "no/such/folder/results.json"],
@@ -127,7 +144,8 @@ def test_every_op_can_be_measured() -> None:
 
 def test_a_gpu_is_given_what_has_cases_for_one() -> None:
     assert bench._names(None, "cuda:0", None) == OPS
-    assert bench._names(None, "cpu", None) == [*bench.ops(), "modules"]
+    assert bench._names(None, "cpu", None) == [*bench.ops(), "modules", "training"]
     assert bench._names(None, "cpu", "reference") == bench.ops()
-    with pytest.raises(UsageError, match="modules is not measured with this --device or --backend"):
-        bench._names("modules", "cuda:0", None)
+    for name in ("modules", "training"):
+        with pytest.raises(UsageError, match=f"{name} is not measured with this --device or --backend"):
+            bench._names(name, "cuda:0", None)
