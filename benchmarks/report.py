@@ -47,14 +47,15 @@ GPU_HEADINGS = (
     "error",
 )
 LEGEND = """\
-Times are of forward and backward together, of training steps with clipping and the optimizer too: minimum / median of rounds in which ours and the peers take turns.
-The ratio is the peer's time over ours, of the minima / of the medians; a goal is met when both reach it.
-Goals marked "best" are against the fastest peer of the case. Errors are the largest absolute difference from
-float64, over the output and all gradients; in rows with dropout the peer's error is taken without it, since
-its mask cannot be repeated; of models, blocks and training steps they are shares of the largest value. GEMM share:
-the rate of ours over that of a large matrix product in the same run, in float32 or bfloat16 as the case.
-Limit: what the ratio would be at a share of 100 %. Inference of models is forward alone. Memory, peer / ours:
-what a step takes at most beyond inputs and gradients; its goal is a share of the peer's."""
+Times are of forward and backward together, of training steps with clipping and the optimizer too: minimum /
+median of rounds in which ours and the peers take turns. The ratio is the peer's time over ours, of the minima
+/ of the medians; a goal is met when both reach it. Goals marked "best" are against the fastest peer of the
+case. Errors are the largest absolute difference from float64, over the output and all gradients; in rows with
+dropout the peer's error is taken without it, since its mask cannot be repeated; of models, blocks and
+training steps they are shares of the largest value. GEMM share: the rate of ours over that of a large matrix
+product in the same run, in float32 or bfloat16 as the case. Limit: what the ratio would be at a share of
+100 %. Inference of models is forward alone. Memory, peer / ours: what a step takes at most beyond inputs and
+gradients; its goal is a share of the peer's."""
 
 GPU_LEGEND = """\
 A step is a forward and a backward pass, each timed as replays of a CUDA graph over several copies of the

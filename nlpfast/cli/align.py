@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from nlpfast.alignment import METHODS
+from nlpfast.cli.options import add_action
 from nlpfast.train.aligner import MODELS
 
 _METHOD = "grow-diag-final-and"
@@ -22,33 +23,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: the verb's parser.
     """
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    score = _action(actions, "score", "print the alignment error rate, precision and recall, in percent")
+    score = add_action(actions, "score", "print the alignment error rate, precision and recall, in percent")
     score.add_argument("hypothesis", metavar="HYP", help="alignments in Pharaoh format")
     score.add_argument(
         "--gold", required=True, help="gold standard, one line a sentence: i-j sure, ipj or i?j possible"
     )
     score.add_argument("--gold-one-based", action="store_true", help="the gold standard counts words from 1")
     score.add_argument("--target-source", action="store_true", help=_SWAP_HELP % "HYP")
-    combine = _action(actions, "symmetrize", "combine the alignments of the two directions of an aligner")
+    combine = add_action(actions, "symmetrize", "combine the alignments of the two directions of an aligner")
     combine.add_argument("forward", metavar="FWD", help="alignments of the source to target direction")
     combine.add_argument(
         "reverse", metavar="REV", help="of the other one, source-target too, as `fast_align -r` prints them"
     )
     combine.add_argument("--target-source", action="store_true", help=_SWAP_HELP % "REV")
-    train = _action(actions, "train", "align the words of parallel text (needs `pip install nlpfast[align]`)")
+    train = add_action(actions, "train", "align the words of parallel text (`pip install nlpfast[align]`)")
     train.add_argument("source", metavar="SRC", help="UTF-8 text, a sentence a line, words between spaces")
     train.add_argument("target", metavar="TGT", help="its translation, line by line")
     train.add_argument("--model", choices=MODELS, default=MODELS[0], help=f"which aligner [{MODELS[0]}]")
     for action in (combine, train):
         action.add_argument("--method", choices=METHODS, default=_METHOD, help=f"how to combine [{_METHOD}]")
-
-
-def _action(
-    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
-) -> argparse.ArgumentParser:
-    parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

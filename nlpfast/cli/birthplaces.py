@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nlpfast.cli.options import UsageError, add_options, build
+from nlpfast.cli.options import UsageError, add_action, add_options, build
 from nlpfast.train.birthplaces_options import VARIANTS, BirthplacesOptions
 
 
@@ -27,23 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "evaluate": "answer questions, and count the right answers",
     }
     for name, text in texts.items():
-        action = _action(actions, name, text)
+        action = add_action(actions, name, text)
         action.add_argument("variant", choices=VARIANTS, help="without or with a bottleneck")
         action.add_argument("pretrain_corpus_path", metavar="CORPUS", help="documents, one a line")
         add_options(action, BirthplacesOptions, "options", underscores=True)
-    baseline = _action(actions, "baseline", "give one answer to every question, and count where it is right")
+    baseline = add_action(actions, "baseline", "give one answer to all, and count where it is right")
     _add(baseline, "eval_corpus_path", metavar="FILE", required=True, help="questions with answers")
     baseline.add_argument("--answer", default="London", metavar="WORDS", help="what is answered [London]")
-    demo = _action(actions, "demo", "pretrain, finetune and evaluate both variants on invented people")
+    demo = add_action(actions, "demo", "pretrain, finetune and evaluate both variants on invented people")
     _add(demo, "output_dir", metavar="DIR", default="runs/birthplaces", help="[runs/birthplaces]")
-
-
-def _action(
-    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
-) -> argparse.ArgumentParser:
-    parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
-    return parser
 
 
 def _add(parser: argparse.ArgumentParser, name: str, **arguments: object) -> None:

@@ -20,6 +20,21 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def add_action(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    """Return the parser of a new action of a verb.
+
+    Args:
+        actions: of the verb.
+        name: the word on the command line.
+        text: its help, in lower case and without a full stop.
+    """
+    parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    return parser
+
+
 def add_options(
     parser: argparse.ArgumentParser, settings: type, title: str, *, underscores: bool = False
 ) -> None:

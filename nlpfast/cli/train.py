@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from nlpfast.cli.options import UsageError, add_options, build, given, option_name
+from nlpfast.cli.options import UsageError, add_action, add_options, build, given, option_name
 from nlpfast.train.config import LanguageModelOptions, TrainerConfig
 
 
@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: the verb's parser.
     """
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
-    text = "train a GPT on the characters of a text"
-    lm = tasks.add_parser("lm", help=text, description=text[0].upper() + text[1:] + ".")
-    lm.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    lm = add_action(tasks, "lm", "train a GPT on the characters of a text")
     lm.add_argument(
         "--resume",
         metavar="DIR",

@@ -194,7 +194,7 @@ def test_main_leaves_the_streams_and_the_handlers_as_they_were(folder, capsys):
 
 # what a verb calls in its midst, after a line of output where it writes any
 MIDST = {
-    "generate whole --max-new-tokens 5": ("nlpfast.models.gpt.GPT.forward", 3),
+    "generate whole --max-new-tokens 5": ("nlpfast.models.gpt.GPT.decode", 3),
     "align score hyp --gold hyp": ("nlpfast.alignment.alignment_error_rate", 1),
     "align symmetrize hyp hyp": ("nlpfast.data.alignments.format_links", 1600),
     "align train hyp hyp": ("nlpfast.train.aligner.align_words", 1),
@@ -265,12 +265,12 @@ def test_without_a_signal_the_same_commands_end_well(command, folder, quick_benc
 @each_signal
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_while_the_first_unwinds(second, number, code, word, folder, monkeypatch, tmp_path):
-    signals_itself(monkeypatch, "nlpfast.models.gpt.GPT.forward", 2, number, second)
+    signals_itself(monkeypatch, "nlpfast.models.gpt.GPT.decode", 2, number, second)
     assert run_forked(lambda: main(["generate", "whole"]), tmp_path) == (code, "", "")
 
 
 def test_a_second_signal_while_the_first_is_reported(folder, monkeypatch, tmp_path):
-    signals_itself(monkeypatch, "nlpfast.models.gpt.GPT.forward", 2, signal.SIGTERM)
+    signals_itself(monkeypatch, "nlpfast.models.gpt.GPT.decode", 2, signal.SIGTERM)
     signals_itself(monkeypatch, "nlpfast.cli.finish_output", 1, signal.SIGINT)
     assert run_forked(lambda: main(["generate", "whole"]), tmp_path) == (TERMINATED, "", "")
 
@@ -284,7 +284,7 @@ def test_a_signal_while_an_error_is_reported(number, code, word, folder, monkeyp
 
 @each_signal
 def test_a_signal_that_is_ignored_stops_nothing(number, code, word, folder, monkeypatch, tmp_path):
-    signals_itself(monkeypatch, "nlpfast.models.gpt.GPT.forward", 2, number)
+    signals_itself(monkeypatch, "nlpfast.models.gpt.GPT.decode", 2, number)
 
     def run():
         signal.signal(number, signal.SIG_IGN)
@@ -295,7 +295,7 @@ def test_a_signal_that_is_ignored_stops_nothing(number, code, word, folder, monk
 
 
 def test_the_traceback_of_a_signal_only_with_debug(folder, monkeypatch, tmp_path):
-    signals_itself(monkeypatch, "nlpfast.models.gpt.GPT.forward", 2, signal.SIGTERM)
+    signals_itself(monkeypatch, "nlpfast.models.gpt.GPT.decode", 2, signal.SIGTERM)
     code, out, err = run_forked(lambda: main(["generate", "whole", "--debug"]), tmp_path)
     assert (code, out) == (TERMINATED, "")
     assert err.startswith("Traceback") and err.endswith("Terminated\nnlpfast: error: terminated\n")

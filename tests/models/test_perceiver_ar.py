@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from test_perceiver import linear, mlp, norm
 
 from nlpfast.models.gpt import GPT, GPTConfig
 from nlpfast.models.perceiver import RecentTokensBlock
@@ -33,16 +34,6 @@ def tokens(length=T, B=3):
     return (torch.randint(V, (B, length), generator=generator) for _ in range(2))
 
 
-def norm(p, name, x):
-    centred = x - x.mean(-1, keepdim=True)
-    scale = (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-    return centred * scale * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-
-def linear(p, name, x):
-    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-
-
 def attend(p, name, x_kv, x_q):
     """A mask in which the queries are the last positions: query i sees the keys 0..i + Tk - Tq."""
     q, k, v = (
@@ -53,11 +44,6 @@ def attend(p, name, x_kv, x_q):
     hidden = places > places[-q.shape[2] :, None]
     weights = (q @ k.mT / math.sqrt(C / H)).masked_fill(hidden, -math.inf).softmax(-1)
     return linear(p, f"{name}.proj", (weights @ v).transpose(1, 2).flatten(2))
-
-
-def mlp(p, name, x):
-    h = linear(p, f"{name}.mlp.0", norm(p, f"{name}.ln2", x))
-    return x + linear(p, f"{name}.mlp.2", h * 0.5 * (1 + torch.erf(h / math.sqrt(2))))
 
 
 def twin(p, idx, layers, m=M):
