@@ -12,6 +12,14 @@ from nlpfast.data.text import CharVocabulary
 
 __all__ = ["Questions", "invented", "read_documents", "read_questions"]
 
+# What the corpus has of each invented person; the characters of the questions are among its.
+WORDINGS = (
+    "{name} was born in {place}.",
+    "{name}. Born in {place}.",
+    "Where does {name} come from? From {place}.",
+    "The birthplace of {name}, {job}, is {place}.",
+)
+
 
 def read_documents(
     path: str | Path, *, keep_empty: bool = False
@@ -89,8 +97,9 @@ def read_questions(path: str | Path, vocabulary: CharVocabulary | None = None) -
 def invented(n: int, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
     """Return a corpus, questions with answers to learn the form from, and others to be asked.
 
-    The corpus has biographies of `n` invented people (nlpfast.data.biographies), and each question is about
-    one of them: four in five are to learn from.
+    The corpus tells in several wordings where each of `n` invented people (nlpfast.data.biographies) was
+    born: of facts in one wording a model can hardly be asked (Allen-Zhu and Li 2023, "Physics of Language
+    Models: Part 3.1"). Each question is about one of them, and half of the questions are to learn from.
 
     Args:
         n: people, at least 2.
@@ -100,8 +109,6 @@ def invented(n: int, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
         Lines of the corpus, of the training file and of the evaluation file, without their ends.
     """
     found = people(n, seed)
-    rows = [f"Where was {person.name} born?\t{person.birthplace}" for person in found]
-    cut = max(1, n * 4 // 5)
-    # it has the characters of the questions
-    first = "Where was everybody born? These people are invented."
-    return [first, *(person.biography for person in found)], rows[:cut], rows[cut:]
+    facts = [{"name": p.name, "place": p.birthplace, "job": p.profession} for p in found]
+    rows = ["Where was {name} born?\t{place}".format(**fact) for fact in facts]
+    return [wording.format(**fact) for fact in facts for wording in WORDINGS], rows[: n // 2], rows[n // 2 :]

@@ -18,6 +18,8 @@ SIZES = {
     "full": {"n_layer": 4, "n_head": 8, "n_embd": 256},
     "small": {"n_layer": 4, "n_head": 4, "n_embd": 128},
 }
+# documents and questions in a batch
+BATCHES = {"pretrain": 128, "finetune": 256}
 # of minGPT's schedule in the assignment: the warm-up in tokens, and the epochs after which the cosine ends
 SEED_WARMUP, SEED_EPOCHS = 512 * 20, 200
 
@@ -50,6 +52,7 @@ class BirthplacesOptions:
     prefix_lm: bool = option(
         False, "documents with their hole, and questions, are read in both directions (vanilla)"
     )
+    batch_size: int | None = option(None, "documents or questions in a step (128; 256)", least=1)
     max_epochs: int | None = option(
         None, "passes over the data (650; for finetune 10, or 75 without --reading_params_path)", least=1
     )
@@ -113,7 +116,7 @@ def trainer_config(options: BirthplacesOptions, action: str, documents: int) -> 
     return TrainerConfig(
         max_epochs=options.max_epochs or epochs,
         max_steps=options.max_steps,
-        batch_size=128 if action == "pretrain" else 256,
+        batch_size=options.batch_size or BATCHES[action],
         learning_rate=options.pretrain_lr if action == "pretrain" else options.finetune_lr,
         dtype=options.dtype,
         device=options.device,

@@ -307,6 +307,7 @@ BIRTHPLACES_WORDS = [
             *("--tb_expt_name", "--config large", "--compat sead", "--prefix_lm=yes", "--max_epochs x"),
             *("--max_steps x", "--dtype int8", "--device", "--seed x", "--num_workers x", "--log_every x"),
             *("--save_every x", "--resume=yes", "--overwrite=yes", "--spans words", "--dropout half"),
+            *("--batch_size x",),
         )
     ),
     *each(PRETRAIN, USAGE, "(see nlpfast birthplaces pretrain --help)", "extra", "--nothing", "--max-step 1"),

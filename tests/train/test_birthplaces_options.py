@@ -62,11 +62,12 @@ def test_options_reach_the_training_loop():
     options = BirthplacesOptions(
         **{"max_epochs": 3, "max_steps": 7, "pretrain_lr": 1e-3, "dtype": "bfloat16", "device": "cpu"},
         **{"seed": 5, "num_workers": 1, "log_every": 9, "save_every": 11, "tb_expt_name": "first"},
+        batch_size=6,
     )
     config = trainer_config(options, "pretrain", 10)
     assert (config.max_epochs, config.max_steps, config.learning_rate) == (3, 7, 1e-3)
     assert (config.dtype, config.device, config.seed, config.num_workers) == ("bfloat16", "cpu", 5, 1)
-    assert (config.log_every, config.eval_every, config.tensorboard) == (9, 11, True)
+    assert (config.log_every, config.eval_every, config.tensorboard, config.batch_size) == (9, 11, True, 6)
 
 
 def test_runs_have_the_names_of_the_assignment():
