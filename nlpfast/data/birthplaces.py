@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nlpfast.data.lines import DataError
+from nlpfast.data.packed_sentences import filled
 from nlpfast.data.text import CharVocabulary
 
 __all__ = [
@@ -40,8 +41,6 @@ __all__ = [
 PAD, MASK = "\u25a1", "\u2047"
 # Numbers of PAD, the targets that do not count, and of MASK.
 PAD_ID, MASK_ID = 0, 1
-# Packed batches have a multiple of so many tokens.
-ROUNDED = 256
 _WORD = re.compile(r"[^\W_][\w'-]*")
 # Documents are cut to a random length, from so many characters on.
 SHORTEST = 4
@@ -263,9 +262,8 @@ def _names(text: str) -> list[tuple[int, int]]:
 def packed(items: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor, int]:
     """Make a batch without padding: what is after an item's last target that counts is left out.
 
-    Up to `ROUNDED` - 1 further tokens, PAD with targets that do not count, follow as sequences of their own.
-    PyTorch keeps what it compiles for the shapes of matrix products, in 16 bits, and there would be a new
-    number of tokens in every step otherwise: each takes time, and together gigabytes.
+    Further tokens, PAD with targets that do not count, follow as sequences of their own: see
+    `nlpfast.data.packed_sentences.filled`.
 
     Args:
         items: (x, y) of one of the data sets above, without a prefix.
@@ -277,11 +275,9 @@ def packed(items: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor,
     x, y = (torch.stack(column) for column in zip(*items, strict=True))
     lengths = _ends(y)
     within = torch.arange(y.shape[1]) < lengths[:, None]
-    longest, missing = int(lengths.max()), -int(lengths.sum()) % ROUNDED
-    whole, rest = divmod(missing, longest)
-    lengths = torch.cat((lengths, torch.tensor([longest] * whole + [rest] * (rest > 0), dtype=torch.int64)))
+    cu_seqlens, missing = filled(lengths.tolist())
     tokens, targets = (F.pad(part[within], (0, missing), value=PAD_ID) for part in (x, y))
-    return tokens, targets, F.pad(lengths.cumsum(0), (1, 0)), longest
+    return tokens, targets, cu_seqlens, int(lengths.max())
 
 
 def padded(items: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from nlpfast.nn.heads import check_heads, check_sequence, dropout_of, merge_heads, split_heads
+from nlpfast.nn.packing import Packing
 from nlpfast.ops.attention import attention
+from nlpfast.ops.varlen_attention import varlen_attention
 
 # What Hugging Face's layers pass along and what changes nothing here.
 _HARMLESS = ("cache_position", "position_ids", "use_cache")
@@ -92,31 +94,53 @@ class BertSelfAttention(nn.Module):
         return merge_heads(y)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *others: Any, **options: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *others: Any,
+        packing: Packing | None = None,
+        **options: Any,
     ) -> Tensor | tuple[Tensor, None]:
         """Return the attended sequence.
 
         Args:
-            hidden_states: [B, T, C], any floating dtype that the backend serves.
-            attention_mask: as in `attention`.
+            hidden_states: [B, T, C], any floating dtype that the backend serves; [N, C] with `packing`.
+            attention_mask: as in `attention`; not with `packing`.
+            packing: `hidden_states` has the rows of several sequences, one after the other.
             others: as `options`, by position.
             options: what the layers of Hugging Face pass; of those that would change the result (a head
                 mask, a cache, another sequence to attend to, attention weights as a result) none is served.
 
         Returns:
-            [B, T, C], the dtype of `hidden_states`; with `return_tuple` followed by None for the weights.
+            [B, T, C], or [N, C], the dtype of `hidden_states`; with `return_tuple` followed by None for the
+            weights.
 
         Raises:
-            ValueError: when `hidden_states` is not [B, T, hidden_size].
+            ValueError: when `hidden_states` is not [B, T, hidden_size], or a mask is given with `packing`.
             NotImplementedError: for an option that would change the result; names it.
         """
-        check_sequence("hidden_states", hidden_states, self.all_head_size, "hidden_size")
+        if packing is None:
+            check_sequence("hidden_states", hidden_states, self.all_head_size, "hidden_size")
+        elif attention_mask is not None:
+            raise ValueError("attention_mask is given with packing, which has no padding: leave it out")
         unnamed = {f"argument {i} of the forward call": value for i, value in enumerate(others, 3)}
         for name, value in {**unnamed, **options}.items():
             if value is not None and value is not False and name not in _HARMLESS:
                 raise NotImplementedError(
                     f"{name} is given, which this module does not serve: leave it out, or keep the original"
                 )
-        q, k, v = (self.transform(hidden_states, layer) for layer in (self.query, self.key, self.value))
-        context = self.attention(k, q, v, attention_mask)
+        layers = (self.query, self.key, self.value)
+        if packing is not None:
+            q, k, v = (layer(hidden_states).unflatten(1, (self.num_attention_heads, -1)) for layer in layers)
+            context = self._attend_packed(q, k, v, packing)
+        else:
+            q, k, v = (self.transform(hidden_states, layer) for layer in layers)
+            context = self.attention(k, q, v, attention_mask)
         return (context, None) if self.return_tuple else context
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """Return the heads' outputs side by side, [N, C], of q, k, v [N, H, D]."""
+        cu, longest = packing.cu_seqlens, packing.longest
+        dropout_p = dropout_of(self.dropout)
+        y = varlen_attention(q, k, v, cu, cu, longest, longest, dropout_p=dropout_p, backend=self.backend)
+        return y.flatten(1)

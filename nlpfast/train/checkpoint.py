@@ -31,7 +31,7 @@ from nlpfast.files import flush
 from nlpfast.models import pretrained
 from nlpfast.train.distributed import like, whole
 
-FORMAT = 2
+FORMAT = 3
 OPTIMIZER, ENDING, STATE = "optimizer", ".safetensors", "state.json"
 
 

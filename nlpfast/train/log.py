@@ -79,7 +79,7 @@ class RunLog:
                 if name != "step" and isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, record["step"])
         # the bar already shows the loss; on a terminal only evaluations stay
-        if not self._terminal or "val_loss" in record:
+        if not self._terminal or not {"val_loss", "score"}.isdisjoint(record):
             self.say(_line(record, total_steps))
 
     def note(self, record: dict[str, Any]) -> None:
@@ -133,7 +133,11 @@ def _line(record: dict[str, Any], total_steps: int | None) -> str:
     steps = f"{record['step']}/{total_steps}" if total_steps else str(record["step"])
     parts = [f"step {steps:>11}", f"loss {record['loss']:.4f}"]
     if "val_loss" in record:
-        parts.append(f"val {record['val_loss']:.4f}{' (best)' if record.get('best') else ''}")
+        parts.append(f"val {record['val_loss']:.4f}")
+    if "score" in record:
+        parts.append(f"score {record['score']:.4f}")
+    if record.get("best"):
+        parts[-1] += " (best)"
     if "lr" in record:
         parts.append(f"lr {record['lr']:.2e}")
     if "tokens_per_second" in record:

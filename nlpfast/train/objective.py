@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,22 @@ def count_targets(batch: Sequence[Tensor]) -> int:
     return int((batch[1] != -100).sum())
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Have the model in evaluation mode, and no gradients, until the `with` block ends.
+
+    Args:
+        model: its mode is as before afterwards.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def mean_loss(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -61,18 +78,13 @@ def mean_loss(
     """
     total: float | Tensor = 0.0
     targets = 0
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                # the mean over no target is NaN, and stays so with weight 0; processes compute together
-                if batch.count or processes.world_size > 1:
-                    loss = loss_of(batch.data).double()
-                if batch.count:
-                    total = total + loss * batch.count
-                    targets += batch.count
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model):
+        for batch in batches:
+            # the mean over no target is NaN, and stays so with weight 0; processes compute together
+            if batch.count or processes.world_size > 1:
+                loss = loss_of(batch.data).double()
+            if batch.count:
+                total = total + loss * batch.count
+                targets += batch.count
     loss_sum, count = processes.sum([float(total), targets])
     return (loss_sum / count if count else float("nan")), int(count)

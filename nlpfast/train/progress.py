@@ -23,6 +23,7 @@ class TrainState:
         final_tokens: where the learning rate ends; 0 until the first step has been counted.
         best_loss: lowest validation loss so far.
         val_loss: latest validation loss.
+        best_score: highest score so far, of a run that has one.
         skipped_steps: steps that the loss scaler left out because of an overflow.
         skipped_in_a_row: those since the last step that was taken.
         nonfinite_steps: steps that were left out because a loss or gradient was not finite.
@@ -43,6 +44,7 @@ class TrainState:
     final_tokens: int = 0
     best_loss: float | None = None
     val_loss: float | None = None
+    best_score: float | None = None
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     nonfinite_steps: int = 0

@@ -32,7 +32,7 @@ from nlpfast.train.device import resolve_device
 from nlpfast.train.distributed import Processes
 from nlpfast.train.feed import Batch, Feed
 from nlpfast.train.log import RunLog, check_tensorboard
-from nlpfast.train.objective import count_targets, mean_loss, model_loss
+from nlpfast.train.objective import count_targets, evaluation_mode, mean_loss, model_loss
 from nlpfast.train.progress import RECORDED, TrainState
 from nlpfast.train.random_state import random_state, random_state_kept, set_random_state
 from nlpfast.train.snapshot import RandomStates
@@ -54,7 +54,11 @@ class Trainer:
             messages.
         config: the settings.
         validation: a data set that is evaluated every `eval_every` steps and at the end; decides which
-            checkpoint is the best.
+            checkpoint is the best, unless there is a score.
+        score_fn: `(model, pause) -> figures by name`, called at each evaluation with the model in evaluation
+            mode and without gradients; calls `pause` between its batches, which leaves it when the run is to
+            stop. The figures are logged; one by the name of "score" decides which checkpoint is the best, the
+            higher the better.
         output_dir: gets `log.jsonl`, `last/`, `last.previous/` and `best/`; None writes no file.
         loss_fn: `(model, batch) -> mean loss`, a scalar tensor.
         count_fn: `batch -> number of targets that count`; it gets the batch on the CPU.
@@ -77,6 +81,7 @@ class Trainer:
         config: TrainerConfig,
         *,
         validation: Dataset[Any] | None = None,
+        score_fn: Callable[[nn.Module, Callable[[], None]], Mapping[str, float]] | None = None,
         output_dir: str | Path | None = None,
         loss_fn: Callable[[nn.Module, Any], Tensor] = model_loss,
         count_fn: Callable[[Any], int] = count_targets,
@@ -97,7 +102,7 @@ class Trainer:
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.metadata, self.quiet = dict(metadata or {}), quiet or self.processes.rank > 0
         self.feed = self._build_feed(train_dataset, config.sampling, config.batch_size)
-        self.validation = validation
+        self.validation, self.score_fn = validation, score_fn
         if validation is not None:
             size = config.eval_batch_size or 4 * config.batch_size
             self._validation_feed = self._build_feed(validation, "sequential", size)
@@ -227,6 +232,23 @@ class Trainer:
             )
         return loss
 
+    def _evaluate_into(self, record: dict[str, Any]) -> bool:
+        """Add the figures of an evaluation to a record, and return whether they are the best so far."""
+        state, figures, best = self.state, {}, False
+        if self.validation is not None:
+            state.val_loss = record["val_loss"] = self.evaluate()
+            best = state.best_loss is None or state.val_loss < state.best_loss
+            state.best_loss = state.val_loss if best else state.best_loss
+        if self.score_fn is not None:
+            with random_state_kept(), evaluation_mode(self.model):
+                figures = dict(self.score_fn(self.model, self._pause))
+        if "score" in figures:
+            best = state.best_score is None or figures["score"] > state.best_score
+            state.best_score = figures["score"] if best else state.best_score
+        if figures or self.validation is not None:
+            record |= {**figures, "best": best}
+        return best
+
     def save(self, name: str) -> None:
         """Write the checkpoint `output_dir/name`; nothing happens without an output folder.
 
@@ -307,10 +329,8 @@ class Trainer:
         if evaluating or state.step == 1 or state.step % config.log_every == 0:
             record = {key: getattr(state, key) for key in RECORDED}
             record |= self.meter.record(self.optimizer.param_groups[0]["lr"], time.monotonic() - self._clock)
-            if evaluating and self.validation is not None:
-                state.val_loss = record["val_loss"] = self.evaluate()
-                record["best"] = best = state.best_loss is None or state.val_loss < state.best_loss
-                state.best_loss = state.val_loss if best else state.best_loss
+            if evaluating:
+                best = self._evaluate_into(record)
             log.record(record, self.total_steps())
             self.meter.restart()
         else:

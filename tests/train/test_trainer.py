@@ -2,12 +2,14 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
 from toys import VOCABULARY, Bigram, Counting, Sentences, config, small_gpt, train
 
 from nlpfast.models.gpt import GPT
+from nlpfast.stop import Terminated
 from nlpfast.train import checkpoint
 from nlpfast.train.trainer import Trainer, TrainingError
 
@@ -151,6 +153,78 @@ def test_best_stays_when_the_validation_loss_rises(tmp_path):
     trainer.model = model
     assert trainer.evaluate() == min(losses)
     assert checkpoint.load(tmp_path / "last").state["step"] == 6
+
+
+def test_the_score_decides_which_checkpoint_is_the_best(tmp_path, capsys):
+    scores, modes = [0.25, 0.5, 0.5, -1.0], []
+
+    def score(model, pause):
+        pause()
+        modes.append((model.training, torch.is_grad_enabled()))
+        torch.rand(3)
+        return {"accuracy": 7.0, "score": scores[len(modes) - 1]}
+
+    settings = config(max_steps=4, eval_every=1)
+    trainer = Trainer(
+        *(Bigram(), Sentences(40), settings),
+        validation=Sentences(30),
+        score_fn=score,
+        output_dir=tmp_path,
+    )
+    before = torch.get_rng_state()
+    state = trainer.run()
+    assert torch.equal(before, torch.get_rng_state())
+    assert modes == [(False, False)] * 4 and trainer.model.training
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["score"] for record in records] == scores
+    assert [record["best"] for record in records] == [True, True, False, False]
+    assert all(record["accuracy"] == 7.0 and "val_loss" in record for record in records)
+    assert state.best_score == 0.5 and state.best_loss == min(record["val_loss"] for record in records)
+    assert checkpoint.load(tmp_path / "best").state["step"] == 2
+    assert checkpoint.load(tmp_path / "last").state["best_score"] == 0.5
+    assert "score 0.5000 (best)" in capsys.readouterr().err.splitlines()[1]
+
+
+def test_figures_without_a_score_leave_the_choice_to_the_loss(tmp_path):
+    settings = config(max_steps=3, eval_every=1, learning_rate=60.0, grad_norm_clip=None)
+    trainer = train(
+        *(Bigram(), Sentences(8), settings),
+        validation=Sentences(30),
+        score_fn=lambda model, pause: {"accuracy": 1.0},
+        output_dir=tmp_path,
+    )
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [record["val_loss"] for record in records]
+    assert checkpoint.load(tmp_path / "best").state["step"] == losses.index(min(losses)) + 1
+    assert trainer.state.best_score is None and {record["accuracy"] for record in records} == {1.0}
+
+
+def test_a_run_can_be_stopped_between_the_batches_of_its_score(tmp_path):
+    def score(model, pause):
+        signal.raise_signal(signal.SIGTERM)
+        pause()
+        raise AssertionError("the run goes on")
+
+    trainer = Trainer(
+        Bigram(),
+        Sentences(8),
+        config(max_steps=4, eval_every=2),
+        score_fn=score,
+        output_dir=tmp_path,
+        quiet=True,
+    )
+    with pytest.raises(Terminated):
+        trainer.run()
+    saved = checkpoint.load(tmp_path / "last").state
+    assert saved["step"] == 2 and saved["due"]
+    again = Trainer(
+        *(Bigram(), Sentences(8), config(max_steps=4, eval_every=2)),
+        score_fn=lambda model, pause: {"score": 1.0},
+        output_dir=tmp_path,
+        quiet=True,
+    )
+    again.resume(tmp_path)
+    assert again.run().step == 4 and again.state.best_score == 1.0
 
 
 def test_every_epoch_has_an_order_of_its_own():
