@@ -37,7 +37,7 @@ BANNED = re.compile(r"^(utils?|common|misc|helpers?|.*_new|.*_v2)$")
 ENVIRONMENT = {"NLPFAST_BACKEND", "NLPFAST_NATIVE", "NLPFAST_LOG"}
 # Parts may import parts of a lower rank, and themselves; "nlpfast" is the package's own __init__.
 RANKS = {
-    **dict.fromkeys(("files", "native", "stop", "testing"), 0),
+    **dict.fromkeys(("files", "native", "optim", "stop", "testing"), 0),
     "dispatch": 1,
     **dict.fromkeys(("ops", "data"), 2),
     **dict.fromkeys(("nn", "hf", "decoding", "metrics", "alignment"), 3),

@@ -17,7 +17,7 @@ from nlpfast.cli.options import UsageError
 from nlpfast.files import replacing
 
 # The benchmarks of whole models, besides those of the ops: they have no backend to name, and a CPU.
-MODELS = ("modules", "training")
+MODELS = ("modules", "training", "bert")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "op",
         nargs="?",
         choices=[*ops(), *MODELS],
-        help="the op to measure; or on a CPU modules, models before and after the switch, or training, whole "
-        "steps against eager code (all)",
+        help="the op to measure; or on a CPU modules, models before and after the switch, training, whole "
+        "steps against eager code, or bert, those of a packed BERT against padding (all)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="fewer sizes: 70 seconds on a CPU, 3 minutes on a GPU"

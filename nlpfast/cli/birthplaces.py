@@ -62,7 +62,7 @@ def _model(args: argparse.Namespace) -> None:
     from nlpfast.train.birthplaces_options import needed
 
     options = build(BirthplacesOptions, args)
-    needed(options, args.action)
+    needed(options, args.action, args.variant)
     # imports torch: a wrong option is reported without waiting for it
     if args.action != "evaluate":
         from nlpfast.train.birthplaces import train

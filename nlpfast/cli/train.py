@@ -1,17 +1,24 @@
 """Train a model.
 
-Tasks: lm, a GPT on the characters of a text. Writes log.jsonl and the checkpoints last/ and best/ to
---output-dir. SIGINT, SIGTERM and SIGUSR1 save the run and end it; --resume DIR goes on with it. Several
-processes: torchrun --nproc_per_node=2 -m nlpfast train lm ...
+Tasks: lm, a GPT on the characters of a text; bert, a BERT on sentences with masked words. Writes log.jsonl
+and the checkpoints last/ and best/ to --output-dir. SIGINT, SIGTERM and SIGUSR1 save the run and end it;
+--resume DIR goes on with it. Several processes: torchrun --nproc_per_node=2 -m nlpfast train lm ...
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from nlpfast.cli.options import UsageError, add_action, add_options, build, given, option_name
+from nlpfast.train.bert_options import BertPretrainingOptions
 from nlpfast.train.config import LanguageModelOptions, TrainerConfig
+
+TASKS: dict[str, tuple[type[Any], str]] = {
+    "lm": (LanguageModelOptions, "train a GPT on the characters of a text"),
+    "bert": (BertPretrainingOptions, "pretrain a BERT on sentences with masked words"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: the verb's parser.
     """
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
-    lm = add_action(tasks, "lm", "train a GPT on the characters of a text")
-    lm.add_argument(
-        "--resume",
-        metavar="DIR",
-        help="go on with the run in DIR; options that are not given are those of the run",
-    )
-    add_options(lm, LanguageModelOptions, "text, model and results")
-    add_options(lm, TrainerConfig, "training")
+    for name, (options, text) in TASKS.items():
+        task = add_action(tasks, name, text)
+        if name == "bert":
+            help_ = "as --text: sentences, one a line, blank lines between documents"
+            task.add_argument("corpus", nargs="?", metavar="CORPUS", help=help_)
+        task.add_argument(
+            "--resume",
+            metavar="DIR",
+            help="go on with the run in DIR; options that are not given are those of the run",
+        )
+        add_options(task, options, "text, model and results")
+        add_options(task, TrainerConfig, "training")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,26 +51,59 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0.
     """
-    options, config = build(LanguageModelOptions, args), build(TrainerConfig, args)
-    # imports torch: a wrong option is reported without waiting for it
-    from nlpfast.train.language_model import train_language_model
-
+    if getattr(args, "corpus", None) is not None:
+        if hasattr(args, "text"):
+            raise UsageError(f"--text {args.text}: it is given with {args.corpus}: leave one out")
+        args.text = args.corpus
+    kind = TASKS[args.task][0]
+    options, config = build(kind, args), build(TrainerConfig, args)
     if args.resume is not None:
-        options, config = _resumed(args)
+        options, config = _resumed(kind, args)
     elif hasattr(args, "text") and hasattr(args, "biographies"):
         raise UsageError("--biographies is given with --text, which takes their place: leave one out")
-    result = train_language_model(options, config, resume=args.resume)
-    if int(os.environ.get("RANK", "0")) > 0:
-        return 0
-    print(f"steps            {result.state.step}")
-    print(f"parameters       {result.parameters}")
-    print(f"validation loss  {result.state.val_loss:.4f} (best {result.state.best_loss:.4f})")
-    print(f"seconds          {result.state.seconds:.1f}")
-    print(f"checkpoint       {result.checkpoint}")
+    train = _lm if args.task == "lm" else _bert
+    results = train(options, config, args.resume)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for name, value in results.items():
+            print(f"{name:<16} {value}")
     return 0
 
 
-def _resumed(args: argparse.Namespace) -> tuple[LanguageModelOptions, TrainerConfig]:
+# both import torch: a wrong option is reported without waiting for it
+def _lm(options: LanguageModelOptions, config: TrainerConfig, resume: str | None) -> dict[str, object]:
+    from nlpfast.train.language_model import train_language_model
+
+    result = train_language_model(options, config, resume=resume)
+    state = result.state
+    return {
+        "steps": state.step,
+        "parameters": result.parameters,
+        "validation loss": f"{state.val_loss:.4f} (best {state.best_loss:.4f})",
+        "seconds": f"{state.seconds:.1f}",
+        "checkpoint": result.checkpoint,
+    }
+
+
+def _bert(options: BertPretrainingOptions, config: TrainerConfig, resume: str | None) -> dict[str, object]:
+    from nlpfast.train.bert_pretraining import pretrain_bert
+
+    result = pretrain_bert(options, config, resume=resume)
+    figures = {
+        name.replace("_", " "): f"{value:.4f}"
+        for name, value in result.figures.items()
+        if name not in ("val_loss", "score")
+    }
+    return {
+        "steps": result.state.step,
+        "parameters": result.parameters,
+        "unigram entropy": f"{result.unigram_entropy:.4f}",
+        **figures,
+        "seconds": f"{result.state.seconds:.1f}",
+        "model": result.folder,
+    }
+
+
+def _resumed(kind: type[Any], args: argparse.Namespace) -> tuple[Any, TrainerConfig]:
     """Return the options of the run in `--resume`, but for those that are given."""
     from nlpfast.train import checkpoint
     from nlpfast.train.resume import saved_options
@@ -74,6 +118,6 @@ def _resumed(args: argparse.Namespace) -> tuple[LanguageModelOptions, TrainerCon
     folder = found.parent if found.name.partition(".")[0] in ("best", "last") else found
     options = {**saved.metadata.get("options", {}), "output_dir": str(folder), "overwrite": False}
     return (
-        saved_options(LanguageModelOptions, options, given(LanguageModelOptions, args)),
+        saved_options(kind, options, given(kind, args)),
         saved_options(TrainerConfig, saved.config, given(TrainerConfig, args)),
     )

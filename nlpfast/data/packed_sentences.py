@@ -23,8 +23,8 @@ class PackedSentences(NamedTuple):
     Attributes:
         input_ids: int64 [N].
         token_type_ids: int64 [N], the segment of each token.
-        cu_seqlens: int64 [number of sequences + 1], cumulative numbers of tokens. The first S sequences are the
-            sentences; those after them fill up.
+        cu_seqlens: int64 [number of sequences + 1], cumulative numbers of tokens. The first S sequences are
+            the sentences; those after them fill up.
         longest: tokens of the longest sequence.
         sentences: S.
     """

@@ -41,6 +41,7 @@ from nlpfast.train.device import resolve_device
 from nlpfast.train.distributed import joined, own_device
 from nlpfast.train.log import check_tensorboard
 from nlpfast.train.random_state import set_seed
+from nlpfast.train.task_run import own_dropout
 from nlpfast.train.trainer import Trainer, TrainState
 
 __all__ = ["count_characters", "packed_loss", "prefix_loss", "train"]
@@ -98,10 +99,7 @@ def train(
         KeyboardInterrupt: after SIGINT, once the run is saved.
         Terminated: after SIGTERM or SIGUSR1, once the run is saved.
     """
-    needed(options, action)
-    if options.prefix_lm and variant == "perceiver":
-        rule = "the perceiver reads a prefix in its order, name vanilla or leave it out"
-        raise ConfigError("prefix_lm", True, rule)
+    needed(options, action, variant)
     if options.tb_expt_name is not None:
         check_tensorboard()
     device = resolve_device(own_device(options.device))
@@ -125,6 +123,7 @@ def train(
         state = trainer.run()
         if processes.rank == 0:
             facts = {"variant": variant, "vocabulary": trainer.metadata["vocabulary"]}
+            facts["residual"] = options.residual
             write_parameters(target, trainer.model.state_dict(), facts)
             # what the run was for is there; its log stays
             _remove_checkpoints(folder)
@@ -189,7 +188,8 @@ def _prepared(
     model = build_model(options, variant, vocabulary)
     digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
     own = {"action": action, "variant": variant, "latents": options.bottleneck_dim, "config": options.config}
-    own |= {name: getattr(options, name) for name in ("prefix_lm", "compat", "spans", "dropout")}
+    of_model = ("prefix_lm", "compat", "spans", "dropout", "residual")
+    own |= {name: getattr(options, name) for name in of_model}
     trainer = Trainer(
         *(model, dataset, config),
         loss_fn=cast(Callable[[nn.Module, Any], Tensor], prefix_loss if options.prefix_lm else packed_loss),
@@ -203,9 +203,7 @@ def _prepared(
     )
     if seeded:
         _decay_all_weights(model, trainer.optimizer)
-    if trainer.processes.rank > 0:
-        # dropout differs between processes
-        set_seed((options.seed + trainer.processes.rank * 0x9E3779B97F4A7C15) % 2**63)
+    own_dropout(trainer)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return trainer, (
         f"{read}; {len(vocabulary)} characters; {variant} GPT of {parameters:,} parameters; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -18,7 +17,7 @@ from nlpfast.files import replacing
 from nlpfast.models.gpt import GPT, GPTConfig
 from nlpfast.models.parameter_file import read_parameters
 from nlpfast.train.birthplaces_options import BLOCK_SIZE, SIZES, BirthplacesOptions, needed
-from nlpfast.train.device import resolve_device
+from nlpfast.train.device import autocast, resolve_device
 
 __all__ = ["Score", "build_model", "evaluate", "predict", "score"]
 
@@ -57,6 +56,7 @@ def build_model(options: BirthplacesOptions, variant: str, vocabulary: CharVocab
         **SIZES[options.config],
         perceiver=variant == "perceiver",
         bottleneck_dim=options.bottleneck_dim,
+        residual=options.residual,
         embd_pdrop=options.dropout,
         attn_pdrop=options.dropout,
         resid_pdrop=options.dropout,
@@ -83,6 +83,10 @@ def _load(
     if ours and state[latents].shape[1] != own[latents].shape[1]:
         m = state[latents].shape[1]
         raise DataError(f"{path}: has {m} latents, not {own[latents].shape[1]}; give --bottleneck_dim {m}")
+    residual = facts.get("residual", model.config.residual)
+    if residual != model.config.residual:
+        fix = "give --residual" if residual else "leave out --residual"
+        raise DataError(f"{path}: was trained {'with' if residual else 'without'} it; {fix}")
     if facts.get("vocabulary", vocabulary.chars) != vocabulary.chars:
         raise DataError(f"{path}: is of a corpus with other characters; name the corpus of its pretraining")
     for name in sorted(own.keys() ^ state.keys()):
@@ -140,13 +144,12 @@ def evaluate(variant: str, corpus: str, options: BirthplacesOptions) -> Score:
         DataError: a file cannot be read, or does not fit.
         OSError: the predictions cannot be written.
     """
-    needed(options, "evaluate")
+    needed(options, "evaluate", variant)
     device = resolve_device(options.device)
     _, vocabulary, _ = read_documents(corpus)
     asked = read_questions(str(options.eval_corpus_path), vocabulary)
     model = build_model(options, variant, vocabulary).to(device)
-    dtype = getattr(torch, options.dtype)
-    with torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext():
+    with autocast(device, options.dtype):
         predictions = predict(model, vocabulary, asked.questions, prefix=options.prefix_lm)
     with replacing(str(options.outputs_path)) as file:
         file.write("".join(f"{line}\n" for line in predictions).encode())

@@ -52,6 +52,9 @@ class BirthplacesOptions:
     prefix_lm: bool = option(
         False, "documents with their hole, and questions, are read in both directions (vanilla)"
     )
+    residual: bool = option(
+        False, "the perceiver's last layer adds what it finds to its tokens, unlike the assignment's"
+    )
     batch_size: int | None = option(None, "documents or questions in a step (128; 256)", least=1)
     max_epochs: int | None = option(
         None, "passes over the data (650; for finetune 10, or 75 without --reading_params_path)", least=1
@@ -73,16 +76,24 @@ class BirthplacesOptions:
             raise ConfigError("overwrite", True, "it is given with --resume, leave out one of the two")
 
 
-def needed(options: BirthplacesOptions, action: str) -> None:
-    """Raise unless the files that an action needs are named.
+def needed(options: BirthplacesOptions, action: str, variant: str) -> None:
+    """Raise unless the files that an action needs are named, and no option is of the other variant.
 
     Args:
         options: as given.
         action: pretrain, finetune or evaluate.
+        variant: vanilla or perceiver.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: one is not, or is.
     """
+    rules = {
+        "prefix_lm": ("vanilla", "the perceiver reads a prefix in its order"),
+        "residual": ("perceiver", "the vanilla model has no bottleneck"),
+    }
+    for name, (served, reason) in rules.items():
+        if getattr(options, name) and variant != served:
+            raise ConfigError(name, True, f"{reason}, name {served} or leave it out")
     files = {
         "pretrain": ("writing_params_path",),
         "finetune": ("writing_params_path", "finetune_corpus_path"),

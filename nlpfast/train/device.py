@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,3 +53,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return [to_device(value, device) for value in batch]
     return batch
+
+
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[None]:
+    """Return what computes in a precision: autocast, or nothing for float32.
+
+    Args:
+        device: where.
+        dtype: float32, bfloat16 or float16.
+    """
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))

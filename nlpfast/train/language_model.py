@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,19 +14,13 @@ from nlpfast.data.characters import read_characters
 from nlpfast.data.text import CharDataset, CharVocabulary, DataError, biography_text, read_text
 from nlpfast.data.token_cache import Tokens
 from nlpfast.models.gpt import GPT, GPTConfig
-from nlpfast.train import checkpoint
-from nlpfast.train.checkpoint import find_exact
-from nlpfast.train.config import ConfigError, LanguageModelOptions, TrainerConfig
-from nlpfast.train.device import resolve_device
-from nlpfast.train.distributed import joined, own_device
-from nlpfast.train.log import check_tensorboard
+from nlpfast.train.config import LanguageModelOptions, TrainerConfig
 from nlpfast.train.objective import loss_alone
 from nlpfast.train.random_state import set_seed
-from nlpfast.train.resume import changed_options
+from nlpfast.train.task_run import own_dropout, run_task
 from nlpfast.train.trainer import Trainer, TrainState
 
 TRAINING_SHARE = 0.9
-CHECKPOINTS = ("best", "last")
 
 
 @dataclasses.dataclass
@@ -93,34 +85,6 @@ def _read(options: LanguageModelOptions, seed: int) -> tuple[Tokens, CharVocabul
     return vocabulary.encode(text).numpy(), vocabulary, about
 
 
-def check_output_dir(folder: Path, overwrite: bool) -> None:
-    """Raise unless a run can write its results to `folder`.
-
-    Args:
-        folder: made later; may exist.
-        overwrite: checkpoints of an earlier run are no reason to refuse.
-
-    Raises:
-        ConfigError: it is a file, cannot be written to, or holds checkpoints that must not be replaced.
-    """
-    for part in (folder, *folder.parents):
-        if part.exists() and not part.is_dir():
-            raise ConfigError("output_dir", str(folder), f"{part} is a file, name a folder")
-        if part.is_symlink() and not part.exists():
-            raise ConfigError("output_dir", str(folder), f"{part} is a link to nothing, name another folder")
-    there = next(part for part in (folder, *folder.parents, Path()) if part.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError("output_dir", str(folder), f"{there} cannot be written to, name another folder")
-    for name in CHECKPOINTS:
-        if find_exact(folder / name) and not overwrite:
-            rule = f"holds the checkpoint {name!r} of an earlier run, name another folder or add --overwrite"
-            raise ConfigError("output_dir", str(folder), rule)
-        if (folder / name).exists() and not find_exact(folder / name):
-            raise ConfigError(
-                "output_dir", str(folder), f"{name!r} in it is no checkpoint, name another folder"
-            )
-
-
 def train_language_model(
     options: LanguageModelOptions, config: TrainerConfig, *, resume: str | None = None, quiet: bool = False
 ) -> LanguageModelRun:
@@ -145,33 +109,9 @@ def train_language_model(
         KeyboardInterrupt: after SIGINT, once the run is saved.
         Terminated: after SIGTERM or SIGUSR1, once the run is saved.
     """
-    folder = Path(options.output_dir)
-    changes = []
-    if resume is None:
-        check_output_dir(folder, options.overwrite)
-    else:
-        saved = checkpoint.load(checkpoint.find_latest(resume)).metadata
-        changes = changed_options(options, saved.get("options", {}))
-    device = resolve_device(own_device(config.device))
-    if config.tensorboard:
-        check_tensorboard()
-    with joined(device) as processes:
-        trainer, words = _prepared(options, dataclasses.replace(config, device=str(device)), quiet)
-        if resume is not None:
-            if saved.get("digest") != trainer.metadata["digest"]:
-                source = trainer.metadata["text"]
-                raise DataError(f"{source}: is not the text that the run was trained on; give that one")
-            changes += trainer.resume(resume)
-        if not trainer.quiet:
-            for line in (words, *(f"changed: {change}" for change in changes)):
-                print(line, file=sys.stderr, flush=True)
-        if options.overwrite and resume is None and processes.rank == 0:
-            for name in CHECKPOINTS:
-                for ending in ("", ".previous", ".older", ".partial"):
-                    shutil.rmtree(folder / f"{name}{ending}", ignore_errors=True)
-        state = trainer.run()
+    trainer, state = run_task(options, config, _prepared, resume=resume, quiet=quiet)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return LanguageModelRun(cast(GPT, trainer.model), state, folder / "best", parameters)
+    return LanguageModelRun(cast(GPT, trainer.model), state, Path(options.output_dir) / "best", parameters)
 
 
 def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool) -> tuple[Trainer, str]:
@@ -203,9 +143,7 @@ def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool)
         metadata=metadata,
         quiet=quiet,
     )
-    if trainer.processes.rank > 0:
-        # dropout differs between processes
-        set_seed((config.seed + trainer.processes.rank * 0x9E3779B97F4A7C15) % 2**63)
+    own_dropout(trainer)
     return trainer, (
         f"{source}: {lines}{len(tokens):,} characters, {len(vocabulary)} distinct; "
         f"GPT of {parameters:,} parameters; "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nlpfast.train.config import TrainerConfig
-from nlpfast.train.device import to_device
+from nlpfast.train.device import autocast, to_device
 from nlpfast.train.distributed import Processes, whole
 from nlpfast.train.feed import Batch
 from nlpfast.train.log import Meter
@@ -89,8 +89,7 @@ class OptimizerStep:
 
     def loss(self, model: nn.Module, data: Any) -> Tensor:
         """Return the mean loss of a batch, in the precision of the run."""
-        dtype = getattr(torch, self.config.dtype)
-        with torch.autocast(self.device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext():
+        with autocast(self.device, self.config.dtype):
             return self.loss_fn(model, to_device(data, self.device))
 
     def take(self, group: list[Batch], stopping: Callable[[], bool]) -> bool:

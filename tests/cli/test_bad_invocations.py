@@ -44,7 +44,7 @@ def see(command: str, *words: str) -> list[Case]:
 
 
 VERBS = [
-    ("", USAGE, "name a verb", "train, generate, birthplaces, align, info, bench"),
+    ("", USAGE, "name a verb", "train, generate, birthplaces, vocab, align, info, bench"),
     *see("", "fly", "INFO", "inf", "--fly", "--verbose"),
     ("--max-steps 3", USAGE, "VERB", "choose from 'train', 'generate'"),
     *see("info", "extra", "--quick", "--device cpu", "--json=yes"),
@@ -57,6 +57,9 @@ VERBS = [
     *see("align", "glue", "Score"),
     ("birthplaces", USAGE, "ACTION", "(see nlpfast birthplaces --help)"),
     *see("birthplaces", "forget", "Pretrain"),
+    ("vocab", USAGE, "KIND", "(see nlpfast vocab --help)"),
+    *see("vocab", "syllables", "WordPiece"),
+    ("vocab --size 3 good.txt", USAGE, "KIND", "choose from 'wordpiece'"),
     ("align --gold gold", USAGE, "ACTION", "choose from 'score'"),
 ]
 
@@ -307,7 +310,7 @@ BIRTHPLACES_WORDS = [
             *("--tb_expt_name", "--config large", "--compat sead", "--prefix_lm=yes", "--max_epochs x"),
             *("--max_steps x", "--dtype int8", "--device", "--seed x", "--num_workers x", "--log_every x"),
             *("--save_every x", "--resume=yes", "--overwrite=yes", "--spans words", "--dropout half"),
-            *("--batch_size x",),
+            *("--batch_size x", "--residual=yes"),
         )
     ),
     *each(PRETRAIN, USAGE, "(see nlpfast birthplaces pretrain --help)", "extra", "--nothing", "--max-step 1"),
@@ -322,6 +325,7 @@ BIRTHPLACES_WORDS = [
     (PRETRAIN.format("--resume --overwrite"), USAGE, "--overwrite", "leave out one of the two"),
     (PRETRAIN.format("--resume"), USAGE, "--resume", "leave it out"),
     (PRETRAIN.format("--prefix_lm").replace("vanilla", "perceiver"), USAGE, "--prefix-lm", "leave it out"),
+    (PRETRAIN.format("--residual"), USAGE, "--residual", "leave it out"),
     *each(
         "birthplaces pretrain vanilla good.txt --writing_params_path {}",
         USAGE,
@@ -359,6 +363,40 @@ BIRTHPLACES_DATA = [
     *each("birthplaces baseline --eval_corpus_path {}", DATA, "all there or not at all", "some"),
 ]
 
+VOCAB = "vocab wordpiece good.txt --output-dir new {}"
+VOCAB_WORDS = [
+    *see("vocab wordpiece", "--nothing", "--siz 100", "--output_dir new", "--vocab-size 100", "--output-dir"),
+    *see("vocab wordpiece", "--size", "--size 1e3", "--size many", "--min-frequency", "--min-frequency 1.5"),
+    *see("vocab wordpiece", "--cased=yes", "--overwrite=yes", "--lowercase"),
+    *each("vocab wordpiece {}", USAGE, "name a folder", "--output-dir ''"),
+    ("vocab wordpiece", USAGE, "--output-dir None", "name a folder"),
+    ("vocab wordpiece good.txt --cased", USAGE, "--output-dir None", "name a folder"),
+    *each(
+        VOCAB, USAGE, "at least 6 and at most 1e+06", "--size 5", "--size 0", "--size -1", f"--size {10**30}"
+    ),
+    *each(VOCAB, USAGE, "at least 1 and below 9.2", "--min-frequency 0", f"--min-frequency {2**63}"),
+    *each(
+        "vocab wordpiece good.txt {}", USAGE, "name a folder", "--output-dir file", "--output-dir file/below"
+    ),
+    *each(
+        "vocab wordpiece {}", USAGE, "name another folder", "--output-dir dangling", "--output-dir loop/below"
+    ),
+    *each("vocab wordpiece {}", USAGE, "name another folder or add --overwrite", "--output-dir ."),
+]
+NEW = "vocab wordpiece {} --output-dir new"
+VOCAB_DATA = [
+    *each(NEW, DATA, "check the path", "missing.txt", "dangling"),
+    *each(NEW, DATA, "give a text file", ".", "nothing", "whole"),
+    *each(NEW, DATA, "give a file with text", "empty.txt", "empty.gz"),
+    *each(NEW, DATA, "give more text", "newline.txt", "none"),
+    *each(NEW, DATA, "convert", "bad.txt", "nul.txt", "utf16.txt", "image.png", "surrogate.txt"),
+    *each(NEW, DATA, "compress it again", "cut.gz", "head.gz", "noise.gz"),
+    *each(NEW, DATA, "check its permissions", "unreadable.txt", "loop", "file/below"),
+    ("vocab wordpiece good.txt bad.txt --output-dir new", DATA, "bad.txt:3: ", "convert"),
+    ("vocab wordpiece good.txt --output-dir new --size 30", DATA, "good.txt: ", "a higher min_frequency"),
+    ("vocab wordpiece src --output-dir new --min-frequency 9", DATA, "min_frequency=9", "give more text"),
+]
+
 BENCH = [
     *see("bench", "--threads", "--backend", "--device", "--output", "--quick=yes"),
     ("bench no_such_op", USAGE, "no_such_op", "choose from 'alignment_loss', 'attention'"),
@@ -386,6 +424,7 @@ BENCH = [
 
 TRAIN, GENERATION = [*TRAIN_WORDS, *TRAIN_BOUNDS, *TRAIN_DATA], [*GENERATE_WORDS, *GENERATE_DATA]
 BAD = [*VERBS, *TRAIN, *GENERATION, *BIRTHPLACES_WORDS, *BIRTHPLACES_DATA, *ALIGN_WORDS, *ALIGN_DATA, *BENCH]
+BAD += [*VOCAB_WORDS, *VOCAB_DATA]
 
 
 PACKED = gzip.compress(bytes(range(32, 127)) * 300, mtime=0)
@@ -405,6 +444,7 @@ TEXTS = {
     "noise.gz": b"\x1f\x8b" + bytes(range(200)),
     "unreadable.txt": b"nobody may read this\n",
     "file": b"mine",
+    "vocab.txt": b"mine",
     "src": b"a b c\n\nb a\n",
     "tgt": b"A B C\nX\nB A\n",
     "two": b"A B C\nX\n",

@@ -144,8 +144,8 @@ def test_every_op_can_be_measured() -> None:
 
 def test_a_gpu_is_given_what_has_cases_for_one() -> None:
     assert bench._names(None, "cuda:0", None) == OPS
-    assert bench._names(None, "cpu", None) == [*bench.ops(), "modules", "training"]
+    assert bench._names(None, "cpu", None) == [*bench.ops(), "modules", "training", "bert"]
     assert bench._names(None, "cpu", "reference") == bench.ops()
-    for name in ("modules", "training"):
+    for name in ("modules", "training", "bert"):
         with pytest.raises(UsageError, match=f"{name} is not measured with this --device or --backend"):
             bench._names(name, "cuda:0", None)

@@ -77,6 +77,24 @@ def test_the_whole_way(variant):
         assert [path.name for path in folder.iterdir()] == ["log.jsonl"]
 
 
+def test_a_residual_is_of_the_parameters():
+    pretrain("perceiver", writing_params_path="with.params", residual=True)
+    assert read_parameters("with.params")[1]["residual"] is True
+    _, vocabulary, _ = read_documents("wiki.txt")
+    assert build_model(options(residual=True), "perceiver", vocabulary).up_block.residual
+    assert not build_model(options(), "perceiver", vocabulary).up_block.residual
+    with pytest.raises(DataError, match="with.params: was trained with it; give --residual"):
+        finetune("perceiver", reading_params_path="with.params")
+    finetune("perceiver", reading_params_path="with.params", residual=True)
+    evaluated("perceiver", residual=True)
+    pretrain("perceiver", writing_params_path="without.params")
+    with pytest.raises(DataError, match="without it; leave out --residual"):
+        finetune("perceiver", reading_params_path="without.params", residual=True)
+    # the assignment's have none, and its files tell nothing
+    torch.save(read_parameters("without.params")[0], "assignment.params")
+    finetune("perceiver", reading_params_path="assignment.params")
+
+
 def test_answers_that_are_known_by_heart_are_right(monkeypatch):
     """The training questions, after many steps on them: data, loss, decoding and scoring fit together."""
     monkeypatch.setitem(SIZES, "full", {**TINY, "n_embd": 64})
@@ -340,6 +358,7 @@ def test_many_questions_are_answered_in_parts(monkeypatch):
         ("pretrain", "vanilla", {"writing_params_path": "no/file"}, ConfigError, "no folder no"),
         ("pretrain", "vanilla", {"writing_params_path": "."}, ConfigError, "name a file"),
         ("pretrain", "perceiver", {"prefix_lm": True}, ConfigError, "name vanilla or leave it out"),
+        ("pretrain", "vanilla", {"residual": True}, ConfigError, "name perceiver or leave it out"),
         ("finetune", "vanilla", {}, ConfigError, "finetune needs it"),
         ("finetune", "vanilla", {"finetune_corpus_path": "wiki.txt"}, DataError, "wiki.txt:1: has 0 answers"),
         ("finetune", "vanilla", {"finetune_corpus_path": "nowhere"}, DataError, "nowhere"),

@@ -1,0 +1,226 @@
+"""AdamW of the minBERT assignment: its published result, its formula, its relatives in PyTorch, its state."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from nlpfast.optim import AdamW
+from nlpfast.train import checkpoint
+
+# The weights after 1000 steps that the assignment's own test expects, as float32 numbers: optimizer_test.npy,
+# the same in the course's repositories and in those that it took the assignment from.
+PUBLISHED = "33090e3f36dd5d3ffc56953d4efde4be561a97bed41f8bbe"
+
+
+def course_steps():
+    """The 1000 inputs and targets of the assignment's test."""
+    draws = np.random.default_rng(0)
+    for _ in range(1000):
+        x = draws.uniform(size=3).astype(np.float32)
+        yield x, np.array([x[0] + x[1], -x[2]])
+
+
+def formula(weight, gradient, steps, *, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, decay=0.0, correct=True):
+    """The definition in float64, with the gradient as a function of weight and step."""
+    mean, square = np.zeros_like(weight), np.zeros_like(weight)
+    for t in range(1, steps + 1):
+        grad = gradient(weight, t)
+        mean = betas[0] * mean + (1 - betas[0]) * grad
+        square = betas[1] * square + (1 - betas[1]) * grad**2
+        size = lr * np.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) if correct else lr
+        weight = weight - size * mean / (np.sqrt(square) + eps)
+        weight = weight - lr * decay * weight
+    return weight
+
+
+def course_run(dtype, steps=1000):
+    """Weights of the assignment's test before the first step and after each one."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2, bias=False).to(dtype)
+    optimizer = AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, correct_bias=True)
+    trajectory = [model.weight.detach().clone().numpy()]
+    for x, y in itertools.islice(course_steps(), steps):
+        optimizer.zero_grad()
+        (torch.tensor(y, dtype=dtype) - model(torch.tensor(x, dtype=dtype))).square().sum().backward()
+        optimizer.step()
+        trajectory.append(model.weight.detach().clone().numpy())
+    return trajectory
+
+
+def test_the_published_result():
+    published = np.frombuffer(bytes.fromhex(PUBLISHED), dtype="<f4").reshape(2, 3)
+    assert np.abs(course_run(torch.float32)[-1].astype(np.float64) - published).max() <= 2e-7
+
+
+def test_the_published_trajectory_in_float64():
+    data = [(x.astype(np.float64), y.astype(np.float64)) for x, y in course_steps()]
+
+    def gradient(weight, t):
+        x, y = data[t - 1]
+        return np.outer(2 * (weight @ x - y), x)
+
+    trajectory = course_run(torch.float64)
+    for t in (1, 2, 10, 100, 1000):
+        expected = formula(trajectory[0], gradient, t, decay=1e-4)
+        assert np.abs(trajectory[t] - expected).max() <= 1e-12
+
+
+def test_small_decays_are_not_rounded_away():
+    """In float32 the number 1 - 1e-7 is 1.2e-7 below 1."""
+    param = torch.nn.Parameter(torch.linspace(1, 2, 4001))
+    optimizer = AdamW([param], lr=1e-3, weight_decay=1e-4)
+    start = param.detach().double()
+    for _ in range(50):
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+    lost = (start - param.detach().double()).mean() / (50 * 1e-7 * start.mean())
+    assert lost.item() == pytest.approx(1, abs=0.1)
+
+
+def wave(shape, t):
+    """A gradient that is different in every step, and small in some elements."""
+    places = np.arange(np.prod(shape)).reshape(shape)
+    return np.cos(places + 0.3 * t) * 10.0 ** -(places % 7)
+
+
+OPTIONS = [
+    {},
+    {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3},
+    {"correct_bias": False, "weight_decay": 0.1},
+    {"betas": (0.0, 0.0), "eps": 1e-2},
+    {"lr": 0.0, "weight_decay": 0.5},
+]
+NAMES = {"weight_decay": "decay", "correct_bias": "correct"}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_formula_to_the_last_places(options):
+    starts = {
+        shape: np.linspace(-1, 1, int(np.prod(shape))).reshape(shape) for shape in ((3, 5), (1,), (2, 4, 4))
+    }
+    params = {shape: torch.nn.Parameter(torch.tensor(start)) for shape, start in starts.items()}
+    optimizer = AdamW(params.values(), **options)
+    for t in range(1, 31):
+        for shape, param in params.items():
+            param.grad = torch.tensor(wave(shape, t))
+        optimizer.step()
+    named = {NAMES.get(name, name): value for name, value in options.items()}
+    for shape, param in params.items():
+        expected = formula(starts[shape], lambda _, t, shape=shape: wave(shape, t), 30, **named)
+        assert param.detach().numpy() == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+def test_defaults_are_those_of_the_assignment():
+    group = AdamW([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
+    values = [group[name] for name in ("lr", "betas", "eps", "weight_decay", "correct_bias")]
+    assert values == [1e-3, (0.9, 0.999), 1e-6, 0.0, True]
+
+
+def test_without_eps_it_is_torchs_and_with_eps_it_is_not():
+    for eps, same in ((0.0, True), (1e-2, False)):
+        ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64)) for _ in range(2))
+        optimizers = AdamW([ours], eps=eps), torch.optim.Adam([theirs], lr=1e-3, eps=eps)
+        for t in range(1, 20):
+            ours.grad, theirs.grad = (torch.tensor(wave((8,), t)) for _ in range(2))
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=0) is same
+
+
+def test_groups_have_options_of_their_own():
+    shape = (4,)
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=torch.float64)) for _ in range(3)]
+    groups = [{"params": params[:1], "lr": 0.01}, {"params": params[1:2], "weight_decay": 0.5}]
+    optimizer = AdamW(groups, lr=0.1)
+    optimizer.add_param_group({"params": params[2:], "correct_bias": False})
+    for t in range(1, 6):
+        for param in params:
+            param.grad = torch.tensor(wave(shape, t))
+        optimizer.step()
+    for param, options in zip(params, ({"lr": 0.01}, {"decay": 0.5}, {"correct": False}), strict=True):
+        expected = formula(np.ones(shape), lambda _, t: wave(shape, t), 5, **{"lr": 0.1, **options})
+        assert param.detach().numpy() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_parameter_without_gradient_waits():
+    """Its steps are counted from its first gradient on, and it does not decay before."""
+    early, late = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    optimizer = AdamW([early, late], weight_decay=0.1)
+    optimizer.step()
+    assert not optimizer.state
+    for t in range(1, 8):
+        early.grad = torch.tensor(wave((2,), t))
+        late.grad = torch.tensor(wave((2,), t - 4)) if t > 4 else None
+        optimizer.step()
+        assert t > 4 or torch.equal(late, torch.ones_like(late))
+    for param, steps in ((early, 7), (late, 3)):
+        expected = formula(np.ones(2), lambda _, t: wave((2,), t), steps, decay=0.1)
+        assert param.detach().numpy() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_closure_is_run_with_gradients():
+    param = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = AdamW([param], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 4.0
+    assert float(param.detach()) == pytest.approx(1.9)
+    assert optimizer.step() is None
+
+
+def training(model, optimizer, steps):
+    for x, y in list(course_steps())[:steps]:
+        optimizer.zero_grad()
+        (torch.tensor(y) - model(torch.tensor(x))).square().sum().backward()
+        optimizer.step()
+
+
+def test_a_state_goes_on_where_it_was(tmp_path):
+    models = [torch.nn.Linear(3, 2) for _ in range(3)]
+    first, second, third = (AdamW(model.parameters(), lr=0.01, weight_decay=0.1) for model in models)
+    training(models[0], first, 10)
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    checkpoint.save(tmp_path / "saved", models[0], first, {}, {})
+    checkpoint.load(tmp_path / "saved", models[2], third)
+    for model, optimizer in zip(models, (first, second, third), strict=True):
+        training(model, optimizer, 10)
+        assert torch.equal(model.weight, models[0].weight) and torch.equal(model.bias, models[0].bias)
+        assert optimizer.state[model.weight]["step"] == 20
+
+
+def test_gradients_of_other_kinds_are_refused():
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"gradient is sparse, must be dense.*SparseAdam"):
+        AdamW(table.parameters()).step()
+    assert torch.equal(table.weight, before)
+    param = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match=r"gradient is complex, must be dense.*torch.optim.AdamW"):
+        AdamW([param]).step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1e-3}, r"lr=-0.001 must be at least 0"),
+        ({"lr": float("nan")}, r"lr=nan must be at least 0"),
+        ({"eps": -1.0}, r"eps=-1.0 must be at least 0"),
+        ({"weight_decay": -0.1}, r"weight_decay=-0.1 must be at least 0"),
+        ({"betas": (1.0, 0.9)}, r"betas\[0\]=1.0 must be from 0 to below 1"),
+        ({"betas": (0.9, -0.1)}, r"betas\[1\]=-0.1 must be from 0 to below 1"),
+    ],
+)
+def test_arguments_outside_their_bounds_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdamW([torch.nn.Parameter(torch.ones(1))], **options)
