@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,6 @@ from nlpfast.data.wordpiece import WordPiece
 from nlpfast.models.bert_sentences import BertForSentences
 from nlpfast.train.bert_pretraining import bert_config, new_vocabulary
 from nlpfast.train.config import ConfigError, TrainerConfig
-from nlpfast.train.distributed import Processes
 from nlpfast.train.multitask import TaskBatches, TaskLoss, count_examples, whole_batch
 from nlpfast.train.random_state import set_seed
 from nlpfast.train.sentences_answers import TaskData, Validation, figures_of, predict, read_task, score_of
@@ -69,10 +69,9 @@ def train_sentences(
         resume: go on from the latest checkpoint in this folder.
         quiet: print nothing; otherwise progress goes to stderr.
     """
-    if Processes().world_size > 1:
-        raise ConfigError(
-            "model", options.model, "sentence tasks are trained by one process, use no torchrun"
-        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        rule = "sentence tasks are trained by one process, leave out torchrun"
+        raise ConfigError("output_dir", options.output_dir, rule)
     made: list[tuple[WordPiece, list[TaskData]]] = []
     prepare = functools.partial(_prepared, made=made)
     # the settings of the loop depend on the data, which `prepare` reads

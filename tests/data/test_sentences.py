@@ -69,8 +69,15 @@ def test_rows_are_examples(put):
 
 
 def test_the_names_are_those_of_both_modules():
-    assert set(sentence_files.__all__) <= set(sentences.__all__)
+    assert set(sentence_files.__all__) - {"raw_rows"} <= set(sentences.__all__)
     assert all(hasattr(sentences, name) for name in sentences.__all__)
+
+
+def test_raw_rows_are_as_they_are_in_the_file(put):
+    text = 'id\tsentence\n1\t"a ""b""\nc" \n\n2\td\r\n'
+    assert list(sentence_files.raw_rows(put(text))) == ["id\tsentence", '1\t"a ""b""\nc" ', "2\td"]
+    with pytest.raises(DataError, match=r"data.csv:2: a field in quotes has no end"):
+        list(sentence_files.raw_rows(put('id\tsentence\n1\t"a')))
 
 
 def test_files_without_labels_lose_no_row(put):
@@ -306,7 +313,7 @@ def compare(folders, body):
     path.write_text(body, encoding="utf-8")
     found = []
     try:
-        found += [cells for _, cells in sentence_files._rows(path, sentences.SentenceReport(path))]
+        found += [cells for _, _, cells in sentence_files._rows(path, sentences.SentenceReport(path))]
     except DataError:
         # a quote is open at the end, and what follows would be in the last field
         *_, last = csv.reader(io.StringIO(body + "\tend\n"), delimiter="\t")

@@ -139,6 +139,8 @@ def test_a_saved_folder_gives_the_same_ids_everywhere(lower, trained, tmp_path):
         ]
         assert theirs("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
         assert theirs.mask_token_id == ours.mask_id and theirs.pad_token_id == ours.pad_id
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a", "b")
+    assert plain.tokens == ["[CLS]", "a", "[SEP]", "b", "[SEP]"] and plain.type_ids == [0, 0, 0, 1, 1]
     for left_out in (None, "tokenizer.json"):
         if left_out:
             (folder / left_out).unlink()
@@ -173,20 +175,23 @@ def test_what_a_configuration_says_goes_before_the_tokenizer(small, tmp_path):
 def test_without_a_configuration_the_tokenizer_counts(tmp_path):
     cased = WordPiece.train(["Ada ada Ada ada"], 20, lowercase=False)
     cased.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
-    again = WordPiece.from_folder(tmp_path)
-    assert not again.lowercase and again.encode("Ada ada") == cased.encode("Ada ada")
+    path = tmp_path / "tokenizer_config.json"
+    for without in (lambda: path.write_text("{}"), path.unlink):
+        without()
+        again = WordPiece.from_folder(tmp_path)
+        assert not again.lowercase and again.encode("Ada ada") == cased.encode("Ada ada")
     (tmp_path / "tokenizer.json").unlink()
     assert WordPiece.from_folder(tmp_path).lowercase
 
 
 def test_pieces_by_hand():
     """The longest piece that there is, from the front; none is unknown as a whole, and so are long words."""
-    ours = of("un", "a", "##aff", "##able", "##a", "!", "##b", "unaff")
+    ours = of("un", "a", "##aff", "##able", "##a", "#", "##b", "!", "unaff")
     by_name = {token: number for number, token in enumerate(ours.tokens)}
     for text, pieces in {
         "unaffable": "unaff ##able",
         "Unaable!": "un ##a ##able !",
+        "##a #": "# # a #",
         "unx una": "[UNK] un ##a",
         "á\u0301 a\u200bb": "a a ##b",
         "a" * 100: "a" + " ##a" * 99,
@@ -205,7 +210,7 @@ def test_pieces_by_hand():
         "##b",
     ]
     assert (ours.pad_id, ours.unk_id, ours.cls_id, ours.sep_id, ours.mask_id) == (0, 1, 2, 3, 4)
-    assert ours.special_ids == {0, 1, 2, 3, 4} and len(ours) == len(ours.tokens) == 13
+    assert ours.special_ids == {0, 1, 2, 3, 4} and len(ours) == len(ours.tokens) == 14
 
 
 def test_ids_are_where_a_file_has_them(tmp_path):
