@@ -44,7 +44,7 @@ def see(command: str, *words: str) -> list[Case]:
 
 
 VERBS = [
-    ("", USAGE, "name a verb", "train, generate, birthplaces, vocab, align, info, bench"),
+    ("", USAGE, "name a verb", "train, generate, birthplaces, sentences, vocab, align, info, bench"),
     *see("", "fly", "INFO", "inf", "--fly", "--verbose"),
     ("--max-steps 3", USAGE, "VERB", "choose from 'train', 'generate'"),
     *see("info", "extra", "--quick", "--device cpu", "--json=yes"),
@@ -397,6 +397,91 @@ VOCAB_DATA = [
     ("vocab wordpiece src --output-dir new --min-frequency 9", DATA, "min_frequency=9", "give more text"),
 ]
 
+TRAIN_BERT = "train bert {}"
+BERT_WORDS = [
+    *see("train bert", "--text", "--output-dir", "--model", "--vocab", "--resume", "--device", "--nothing"),
+    *see("train bert", "--biographies few", "--vocab-size x", "--config huge", "--dropout half"),
+    *see("train bert", "--max-length x", "--masking letters", "--cased=yes", "--no-nsp=yes"),
+    *see("train bert", "--overwrite=yes", "--max-steps x", "--max-epochs x", "--batch-size x"),
+    *see("train bert", "--accumulation-steps x", "--learning-rate x", "--betas x 1", "--weight-decay x"),
+    *see("train bert", "--grad-norm-clip x", "--schedule fast", "--warmup-tokens x", "--final-tokens x"),
+    *see("train bert", "--dtype int8", "--seed x", "--sampling x", "--num-workers x", "--eval-every x"),
+    *see("train bert", "--eval-batches x", "--eval-batch-size x", "--save-every x", "--log-every x"),
+    *see("train bert", "--skip-nonfinite x", "--strategy x", "--tensorboard=1"),
+    *each(TRAIN_BERT, USAGE, "at least 10 and at most 5000", "--biographies 9", "--biographies 5001"),
+    *each(TRAIN_BERT, USAGE, "at least 8 and at most 512", "--max-length 7", "--max-length 513"),
+    *each(TRAIN_BERT, USAGE, "at least 10", "--vocab-size 9"),
+    *each(TRAIN_BERT, USAGE, "at least 0 and at most 1", "--dropout -0.1", "--dropout nan"),
+    *each(TRAIN_BERT, USAGE, "give the name of a folder", "--output-dir ''", "--model ''", "--vocab ''"),
+    *each(TRAIN_BERT, USAGE, "name a folder", "--output-dir file", "--output-dir file/below"),
+    *each(TRAIN_BERT, USAGE, "add --overwrite", "--output-dir run"),
+    ("train bert good.txt --text good.txt", USAGE, "--text good.txt", "leave one out"),
+    ("train bert good.txt --biographies 20", USAGE, "--biographies", "leave one out"),
+    ("train bert --resume run --output-dir other", USAGE, "--output-dir", "leave it out"),
+    ("train bert --resume run --overwrite", USAGE, "--overwrite", "leave it out"),
+    ("train bert --resume nothing", DATA, "nothing", "name the folder"),
+    *each(TRAIN_BERT, DATA, "check the path", "missing.txt"),
+    *each(TRAIN_BERT, DATA, "convert", "bad.txt", "nul.txt"),
+    *each(TRAIN_BERT, DATA, "blank lines between documents", "newline.txt"),
+    ("train bert --vocab nothing", DATA, "nothing", "give the folder of a BERT model"),
+]
+
+SENTENCES_ACTIONS = {
+    "classify": ("--task", "--train", "--dev", "--test"),
+    "multitask": (
+        *(f"--{key}_{part}" for key in ("sst", "para", "sts") for part in ("train", "dev", "test")),
+        *("--strategy random", "--rlayer=yes", "--objective dot", "--pcgrad=yes"),
+    ),
+}
+CLASSIFY, MULTITASK = "sentences classify {}", "sentences multitask {}"
+SPLIT = "sentences split examples.csv --parts {}"
+SENTENCES_WORDS = [
+    ("sentences", USAGE, "ACTION", "(see nlpfast sentences --help)"),
+    *see("sentences", "forget", "Classify"),
+    *(
+        (f"sentences {action} {option}", USAGE, re.split("[ =]", option)[0], "--help)")
+        for action, own in SENTENCES_ACTIONS.items()
+        for option in (
+            *own,
+            *("--data_dir", "--output_dir", "--overwrite=yes", "--model", "--vocab", "--vocab_size x"),
+            *("--cased=yes", "--config huge", "--option both", "--hidden_dropout_prob half", "--lr fast"),
+            *("--max_length x", "--class_weights=yes", "--epochs x", "--max_steps x", "--batch_size x"),
+            *("--dtype int8", "--device", "--seed x", "--log_every x", "--resume", "extra", "--epoch 3"),
+        )
+    ),
+    *each(CLASSIFY, USAGE, "at least 1", "--epochs 0", "--max-steps 0", "--batch-size 0", "--log-every 0"),
+    *each(CLASSIFY, USAGE, "at least 3 and at most 512", "--max-length 2", "--max-length 513"),
+    *each(CLASSIFY, USAGE, "finite number above 0", "--lr 0", "--lr nan"),
+    *each(CLASSIFY, USAGE, "at least 0 and at most 1", "--hidden-dropout-prob 2"),
+    *each(CLASSIFY, USAGE, "give the name of a folder", "--output-dir ''", "--data-dir ''", "--model ''"),
+    *each(CLASSIFY, USAGE, "name a folder", "--output-dir file"),
+    *each(CLASSIFY, USAGE, "add --overwrite", "--output-dir run"),
+    *each(CLASSIFY, USAGE, "give one of auto, cpu, cuda, cuda:N", "--device toaster"),
+    *each(CLASSIFY, USAGE, "give --data_dir or files", "--task cfimdb"),
+    ("sentences classify --train examples.csv", USAGE, "--dev", "name it or --data_dir"),
+    ("sentences classify --task examples.csv", USAGE, "--dev", "name another here"),
+    ("sentences classify --task a --train b --dev c", USAGE, "--train b", "leave out one"),
+    ("sentences classify --resume run --overwrite", USAGE, "--overwrite", "leave it out"),
+    ("sentences classify --resume nothing", DATA, "nothing", "name the folder"),
+    *each(MULTITASK, USAGE, "add --strategy mixed", "--pcgrad"),
+    ("sentences multitask --sst-train a --sst-dev b", USAGE, "--para-train", "name those of all three"),
+    *each("sentences classify --dev examples.csv --train {}", DATA, "check the path", "missing"),
+    *each("sentences classify --dev examples.csv --train {}", DATA, "correct the first line", "good.txt"),
+    *each("sentences classify --dev examples.csv --train {}", DATA, "correct it", "labels.csv"),
+    *each("sentences classify --dev examples.csv --task {}", DATA, "without a gap", "gap.csv"),
+    ("sentences classify --data-dir nothing", DATA, "nothing/ids-sst-train.csv", "check the path"),
+    *each("sentences text good.txt {}", USAGE, "(see nlpfast sentences text --help)", "--nothing"),
+    ("sentences text", USAGE, "FILE", "(see nlpfast sentences text --help)"),
+    *each("sentences text {}", DATA, "check the path", "missing"),
+    *each("sentences text {}", DATA, "correct the first line", "good.txt"),
+    *each("sentences split examples.csv {}", USAGE, "split --help)", "--parts", "--seed x"),
+    ("sentences split examples.csv", USAGE, "--parts", "(see nlpfast sentences split --help)"),
+    *each(SPLIT, USAGE, "write NAME=N, or NAME=rest", "new", "new=", "new=some", "new=-1"),
+    *each(SPLIT, USAGE, "give each file once", "a=1 a=2", "a=rest b=rest"),
+    (SPLIT.format("new=99"), DATA, "examples.csv", "lower them"),
+    ("sentences split missing --parts new=1", DATA, "missing", "check the path"),
+]
+
 BENCH = [
     *see("bench", "--threads", "--backend", "--device", "--output", "--quick=yes"),
     ("bench no_such_op", USAGE, "no_such_op", "choose from 'alignment_loss', 'attention'"),
@@ -412,6 +497,7 @@ BENCH = [
     *each("bench attention {}", USAGE, "give one of them", "--backend abacus", "--backend ''"),
     ("bench modules --backend reference", USAGE, "--backend", "drop the option"),
     ("bench training --backend reference", USAGE, "--backend", "drop the option"),
+    ("bench bert --backend reference", USAGE, "--backend", "drop the option"),
     *each("bench {}", USAGE, "give one of auto, cpu, cuda, cuda:N", "--device abacus", "--device meta"),
     *each("bench {}", USAGE, "give cpu or auto", "--device cuda:99"),
     *each("bench modules {}", USAGE, "give cpu or auto", "--device cuda:99"),
@@ -424,7 +510,7 @@ BENCH = [
 
 TRAIN, GENERATION = [*TRAIN_WORDS, *TRAIN_BOUNDS, *TRAIN_DATA], [*GENERATE_WORDS, *GENERATE_DATA]
 BAD = [*VERBS, *TRAIN, *GENERATION, *BIRTHPLACES_WORDS, *BIRTHPLACES_DATA, *ALIGN_WORDS, *ALIGN_DATA, *BENCH]
-BAD += [*VOCAB_WORDS, *VOCAB_DATA]
+BAD += [*VOCAB_WORDS, *VOCAB_DATA, *BERT_WORDS, *SENTENCES_WORDS]
 
 
 PACKED = gzip.compress(bytes(range(32, 127)) * 300, mtime=0)
@@ -452,6 +538,9 @@ TEXTS = {
     "gold": b"0-0 1p1\n0-0 3?3\n",
     "three": b"0-0\n\n0-0\n",
     "none": b"\n\n",
+    "examples.csv": b"\tid\tsentence\tsentiment\n0\ta\tgood\t3\n1\tb\tbad\t1\n",
+    "labels.csv": b"\tid\tsentence\tsentiment\n0\ta\tgood\t3\n1\tb\tbad\t5\n",
+    "gap.csv": b"\tid\tsentence\tsentiment\n0\ta\tgood\t2\n1\tb\tbad\t0\n",
     "asked.txt": b"Where was she born?\n",
     "asked": b"Where was she born?\nWhere?\n",
     "some": b"Where was she born?\there\nWhere?\n",
