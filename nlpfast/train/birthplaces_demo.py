@@ -16,8 +16,9 @@ from nlpfast.train.config import ConfigError
 
 __all__ = ["demo"]
 
-PEOPLE = 60
-STEPS = {"pretrain": 1200, "finetune": 60}
+PEOPLE = 32
+# Few steps of finetuning after pretraining: more of them, on few questions, overwrite what was learned before.
+STEPS = {"pretrain": 1200, "finetune": 15, "scratch": 75}
 # Many small steps, and nothing dropped: the facts are to be known by heart.
 RECIPE: dict[str, Any] = {"config": "small", "bottleneck_dim": 64, "dropout": 0.0, "batch_size": 32}
 
@@ -34,7 +35,8 @@ def demo(
     Args:
         folder: gets the data, parameters, predictions and logs; made when missing, files are replaced.
         people: invented ones in the corpus; None for PEOPLE.
-        steps: optimizer steps of pretrain and of finetune; None for STEPS.
+        steps: optimizer steps of "pretrain", of "finetune" after it and of finetuning from "scratch"; None for
+            STEPS.
         quiet: no progress on stderr.
 
     Yields:
@@ -82,13 +84,13 @@ def _line(folder: Path, variant: str, pretrained: bool, steps: dict[str, int], q
         )
         state = train("pretrain", variant, corpus, options, folder=f"{kept}.pretrain", quiet=quiet)
         seconds, taken = state.seconds, state.step
-    last = f"{kept}.finetune.params"
+    last, few = f"{kept}.finetune.params", steps["finetune" if pretrained else "scratch"]
     options = BirthplacesOptions(
         reading_params_path=first,
         writing_params_path=last,
         finetune_corpus_path=str(folder / "train.tsv"),
-        max_steps=steps["finetune"],
-        max_epochs=steps["finetune"],
+        max_steps=few,
+        max_epochs=few,
         **common,
     )
     state = train("finetune", variant, corpus, options, folder=f"{kept}.finetune", quiet=quiet)

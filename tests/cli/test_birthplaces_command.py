@@ -118,7 +118,7 @@ def test_a_failed_evaluation_leaves_the_predictions_that_were_there(capsys, monk
 
 def test_the_demo(capsys, monkeypatch):
     monkeypatch.setattr(birthplaces_demo, "PEOPLE", 10)
-    monkeypatch.setattr(birthplaces_demo, "STEPS", {"pretrain": 1, "finetune": 1})
+    monkeypatch.setattr(birthplaces_demo, "STEPS", {"pretrain": 1, "finetune": 1, "scratch": 1})
     assert main(shlex.split("birthplaces demo --output_dir out")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and lines[-1].startswith("perceiver, pretrained")

@@ -374,7 +374,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(action, variant, g
 
 
 def test_the_demo_tells_the_story(capsys):
-    steps = {"pretrain": 2, "finetune": 1}
+    steps = {"pretrain": 2, "finetune": 1, "scratch": 4}
     lines = list(demo("out", people=10, steps=steps, quiet=True))
     assert len(lines) == 6 and capsys.readouterr().err == ""
     assert lines[0].startswith("5 questions about people of whom the corpus tells")
@@ -385,7 +385,7 @@ def test_the_demo_tells_the_story(capsys):
             for how in ("not pretrained", "pretrained")
         )
     ]
-    assert "1 steps, " in lines[2] and "3 steps, " in lines[3]
+    assert "4 steps, " in lines[2] and "3 steps, " in lines[3]
     # once more over what is there
     assert len(list(demo("out", people=10, steps=steps, quiet=True))) == 6
     assert not list(Path("out").rglob("last"))
