@@ -17,7 +17,7 @@ from nlpfast.train.config import ConfigError
 __all__ = ["demo"]
 
 PEOPLE = 32
-# Few steps of finetuning after pretraining: more of them, on few questions, overwrite what was learned before.
+# Few steps of finetuning after pretraining: more, on few questions, overwrite what was learned before.
 STEPS = {"pretrain": 1200, "finetune": 15, "scratch": 75}
 # Many small steps, and nothing dropped: the facts are to be known by heart.
 RECIPE: dict[str, Any] = {"config": "small", "bottleneck_dim": 64, "dropout": 0.0, "batch_size": 32}
@@ -35,8 +35,8 @@ def demo(
     Args:
         folder: gets the data, parameters, predictions and logs; made when missing, files are replaced.
         people: invented ones in the corpus; None for PEOPLE.
-        steps: optimizer steps of "pretrain", of "finetune" after it and of finetuning from "scratch"; None for
-            STEPS.
+        steps: optimizer steps of "pretrain", of "finetune" after it, and of finetuning from "scratch"; None
+            for STEPS.
         quiet: no progress on stderr.
 
     Yields:

@@ -83,7 +83,7 @@ def test_a_residual_is_of_the_parameters():
     _, vocabulary, _ = read_documents("wiki.txt")
     assert build_model(options(residual=True), "perceiver", vocabulary).up_block.residual
     assert not build_model(options(), "perceiver", vocabulary).up_block.residual
-    with pytest.raises(DataError, match="with.params: was trained with it; give --residual"):
+    with pytest.raises(DataError, match=r"with.params: was trained with it; give --residual"):
         finetune("perceiver", reading_params_path="with.params")
     finetune("perceiver", reading_params_path="with.params", residual=True)
     evaluated("perceiver", residual=True)
