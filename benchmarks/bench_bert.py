@@ -23,6 +23,7 @@ from nlpfast.models.bert import BertConfig
 from nlpfast.models.bert_sentences import BertForSentences
 from nlpfast.nn.packing import Packing
 
+from .bench_training import distance
 from .measure import Settings, check_errors
 
 OP = "bert"
@@ -109,22 +110,13 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
     found = {}
     for name in dict.fromkeys((PADDED, *implementations)):
         results = Step(case, name, 0.0).results()
-        found[name] = {part: _distance(results[part], values) for part, values in exact.items()}
+        found[name] = {part: distance(results[part], values) for part, values in exact.items()}
     if OURS in found:
         limits = dict(found[PADDED])
         # a single number may be right by luck
         limits["loss"] = max(limits.values())
         check_errors(case.name, found[OURS], limits)
     return {name: found[name] for name in implementations}
-
-
-def _distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    if found.keys() != exact.keys():
-        raise RuntimeError(f"there are {sorted(found)}, expected {sorted(exact)}")
-    largest = max(y.abs().max().item() for y in exact.values())
-    # torch's maximum is NaN where one of the numbers is
-    differences = [(found[name].double() - y).abs().max() for name, y in exact.items()]
-    return torch.stack(differences).max().item() / largest
 
 
 def config(dropout: float) -> BertConfig:

@@ -188,7 +188,7 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
     found = {}
     for name in dict.fromkeys((baseline, *implementations)):
         results = _step(case, "sdpa" if name == "compile" else name, 0.0).results()
-        found[name] = {part: _distance(results[part], values) for part, values in exact.items()}
+        found[name] = {part: distance(results[part], values) for part, values in exact.items()}
     if OURS in found:
         limits = dict(found[baseline])
         # a single number may be right by luck
@@ -197,7 +197,8 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
     return {name: found[name] for name in implementations}
 
 
-def _distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """Return the largest difference of tensors by name, over the largest value."""
     if found.keys() != exact.keys():
         raise RuntimeError(f"there are {sorted(found)}, expected {sorted(exact)}")
     largest = max(y.abs().max().item() for y in exact.values())

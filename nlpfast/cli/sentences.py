@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nlpfast.cli.options import UsageError, add_action, add_options, build, given
+from nlpfast.cli.options import UsageError, add_action, add_options, build
+from nlpfast.cli.resumed import resumed_options, resumed_run
 from nlpfast.train.sentences_options import ClassifyOptions, MultitaskOptions, SentencesOptions
 
 KINDS: dict[str, tuple[type[SentencesOptions], str]] = {
@@ -71,7 +72,7 @@ def _train(args: argparse.Namespace) -> None:
     kind = KINDS[args.action][0]
     options = build(kind, args)
     if args.resume is not None:
-        options = _resumed(kind, args)
+        options = resumed_options(kind, resumed_run(args), args)
     # files are looked for before torch is imported, which takes a while
     options.files()
     from nlpfast.train.sentences import train_sentences
@@ -84,21 +85,6 @@ def _train(args: argparse.Namespace) -> None:
     for path in result.predictions:
         print(f"{'predictions':<24} {path}")
     print(f"{'model':<24} {result.folder}")
-
-
-def _resumed(kind: type[SentencesOptions], args: argparse.Namespace) -> SentencesOptions:
-    """Return the options of the run in `--resume`, but for those that are given."""
-    from nlpfast.train import checkpoint
-    from nlpfast.train.resume import saved_options
-
-    for option in ("output_dir", "overwrite"):
-        if hasattr(args, option):
-            raise UsageError(f"--{option} is given with --resume, which goes on in its folder: leave it out")
-    found = checkpoint.find_latest(args.resume)
-    saved = checkpoint.load(found)
-    folder = found.parent if found.name.partition(".")[0] in ("best", "last") else found
-    own = {**saved.metadata.get("options", {}), "output_dir": str(folder), "overwrite": False}
-    return saved_options(kind, own, given(kind, args))
 
 
 def _text(args: argparse.Namespace) -> None:

@@ -11,7 +11,8 @@ import argparse
 import os
 from typing import Any
 
-from nlpfast.cli.options import UsageError, add_action, add_options, build, given, option_name
+from nlpfast.cli.options import UsageError, add_action, add_options, build, given
+from nlpfast.cli.resumed import resumed_options, resumed_run
 from nlpfast.train.bert_options import BertPretrainingOptions
 from nlpfast.train.config import LanguageModelOptions, TrainerConfig
 
@@ -58,7 +59,12 @@ def run(args: argparse.Namespace) -> int:
     kind = TASKS[args.task][0]
     options, config = build(kind, args), build(TrainerConfig, args)
     if args.resume is not None:
-        options, config = _resumed(kind, args)
+        # imports torch: a wrong option is reported without waiting for it
+        from nlpfast.train.resume import saved_options
+
+        saved = resumed_run(args)
+        options = resumed_options(kind, saved, args)
+        config = saved_options(TrainerConfig, saved.config, given(TrainerConfig, args))
     elif hasattr(args, "text") and hasattr(args, "biographies"):
         raise UsageError("--biographies is given with --text, which takes their place: leave one out")
     train = _lm if args.task == "lm" else _bert
@@ -101,23 +107,3 @@ def _bert(options: BertPretrainingOptions, config: TrainerConfig, resume: str | 
         "seconds": f"{result.state.seconds:.1f}",
         "model": result.folder,
     }
-
-
-def _resumed(kind: type[Any], args: argparse.Namespace) -> tuple[Any, TrainerConfig]:
-    """Return the options of the run in `--resume`, but for those that are given."""
-    from nlpfast.train import checkpoint
-    from nlpfast.train.resume import saved_options
-
-    for option in ("output_dir", "overwrite"):
-        if hasattr(args, option):
-            raise UsageError(
-                f"{option_name(option)} is given with --resume, which goes on in its folder: leave it out"
-            )
-    found = checkpoint.find_latest(args.resume)
-    saved = checkpoint.load(found)
-    folder = found.parent if found.name.partition(".")[0] in ("best", "last") else found
-    options = {**saved.metadata.get("options", {}), "output_dir": str(folder), "overwrite": False}
-    return (
-        saved_options(kind, options, given(kind, args)),
-        saved_options(TrainerConfig, saved.config, given(TrainerConfig, args)),
-    )

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nlpfast.data.packed_sentences import pack_sentences
 from nlpfast.models.bert import BertConfig, BertForPreTraining, BertModel
 from nlpfast.models.bert_files import MINBERT
 from nlpfast.nn.packing import Packing
@@ -157,6 +158,28 @@ def test_pretraining_heads_are_those_of_transformers(tmp_path):
     gradients = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_what_fills_a_batch_up_does_not_count():
+    torch.manual_seed(0)
+    model = BertForPreTraining(TINY).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    rows = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    packed = pack_sentences(rows)
+    assert len(packed.cu_seqlens) - 1 > packed.sentences
+    follows, labels = torch.tensor([0, 1, 1]), torch.tensor([3, 4])
+    given = {"rows": torch.tensor([1, 6]), "labels": labels, "next_sentence_label": follows}
+    losses = [
+        model(packed.input_ids, packing=Packing(packed.cu_seqlens, packed.longest), **given).loss,
+        model(
+            packed.input_ids[:9],
+            packing=Packing.of_lengths(torch.tensor([len(row) for row in rows])),
+            **given,
+        ).loss,
+    ]
+    torch.testing.assert_close(*losses)
 
 
 def test_without_labels_there_is_no_loss_and_all_logits():
@@ -389,15 +412,32 @@ def test_initial_weights():
 
 
 def test_dropout_is_where_transformers_has_it():
-    """Without dropout of attention the mean over many draws is a test of place and scale."""
     places = {"embeddings.dropout"}
     for layer in range(TINY.num_hidden_layers):
         here = f"encoder.layer.{layer}"
         places |= {f"{here}.attention.self.dropout", f"{here}.attention.output.dropout"}
         places |= {f"{here}.output.dropout"}
-    ours = {n for n, m in BertModel(TINY).named_modules() if isinstance(m, torch.nn.Dropout)}
-    other = {n for n, m in theirs(TINY).named_modules() if isinstance(m, torch.nn.Dropout)}
-    assert ours == other == places
-    model = BertModel(TINY).train()
+    found = []
+    for model in (BertModel(TINY), theirs(TINY)):
+        found.append({n for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)})
+    assert found == [places, places]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_dropout_acts_as_that_of_transformers(packed):
+    """With everything dropped at one place, nothing at others, the result is no longer random."""
+    expected = theirs(TINY)
+    model = BertModel(TINY)
+    model.load_state_dict({k: v for k, v in expected.state_dict().items() if k in model.state_dict()})
     ids, mask, _ = batch(TINY)
-    assert not torch.equal(model(ids, mask).pooler_output, model(ids, mask).pooler_output)
+    for place in [name for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)]:
+        for whole in (model, expected):
+            for name, module in whole.train().named_modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = float(name == place)
+        want = expected(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        if packed:
+            got = model(ids[mask.bool()], packing=Packing.of_lengths(mask.sum(1))).last_hidden_state
+        else:
+            got = model(ids, mask).last_hidden_state[mask.bool()]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0, msg=place)
