@@ -39,7 +39,14 @@ from nlpfast.train.random_state import set_seed
 from nlpfast.train.task_run import own_dropout, run_task
 from nlpfast.train.trainer import Trainer, TrainState
 
-__all__ = ["BertRun", "bert_config", "new_vocabulary", "pretrain_bert", "pretraining_loss"]
+__all__ = [
+    "BertRun",
+    "bert_config",
+    "check_vocabulary",
+    "new_vocabulary",
+    "pretrain_bert",
+    "pretraining_loss",
+]
 
 VALIDATION_SHARE = 0.1
 HEAD_CHANNELS = 64
@@ -108,6 +115,22 @@ def new_vocabulary(
         files = (("tokenizer.json", "vocab.txt"), "tokenizer_config.json")
         return WordPiece.from_folder(local_folder(model, files))
     return WordPiece.train(lines(), size, lowercase=not cased)
+
+
+def check_vocabulary(model: str, config: BertConfig, pieces: int) -> None:
+    """Raise unless a model has embeddings for all pieces.
+
+    Args:
+        model: its name, for the message.
+        config: of it.
+        pieces: of the vocabulary.
+
+    Raises:
+        DataError: it has fewer.
+    """
+    if config.vocab_size < pieces:
+        found = f"has {config.vocab_size} pieces, the vocabulary {pieces}"
+        raise DataError(f"{model}: {found}; name the vocabulary that belongs to it")
 
 
 def pretraining_loss(model: nn.Module, batch: MaskedBatch) -> Tensor:
@@ -244,10 +267,13 @@ def _prepared(
         cased=options.cased,
     )
     made.append(vocabulary)
+    set_seed(config.seed)
+    model = _model(options, len(vocabulary))
     parts = {
         name: MaskedTextDataset(
             *(part, vocabulary),
-            max_length=options.max_length,
+            # a model may read less than is asked for
+            max_length=min(options.max_length, model.config.max_position_embeddings),
             nsp=not options.no_nsp,
             masking=options.masking,
             seed=config.seed,
@@ -255,8 +281,6 @@ def _prepared(
         )
         for name, part in (("train", training), ("validation", validation))
     }
-    set_seed(config.seed)
-    model = _model(options, len(vocabulary))
     metadata["options"] = dataclasses.asdict(options)
     # the vocabulary belongs to the data: another would give other numbers
     tokens = "\n".join(vocabulary.tokens).encode("utf-8", "surrogatepass")
@@ -289,7 +313,5 @@ def _model(options: BertPretrainingOptions, pieces: int) -> BertForPreTraining:
     model = BertForPreTraining.from_pretrained(
         options.model, hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout
     )
-    if model.config.vocab_size < pieces:
-        found = f"has {model.config.vocab_size} pieces, the vocabulary {pieces}"
-        raise DataError(f"{options.model}: {found}; name the vocabulary that belongs to it")
+    check_vocabulary(options.model, model.config, pieces)
     return model

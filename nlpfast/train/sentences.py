@@ -23,7 +23,7 @@ from nlpfast.data.sentences import (
 )
 from nlpfast.data.wordpiece import WordPiece
 from nlpfast.models.bert_sentences import BertForSentences
-from nlpfast.train.bert_pretraining import bert_config, new_vocabulary
+from nlpfast.train.bert_pretraining import bert_config, check_vocabulary, new_vocabulary
 from nlpfast.train.config import ConfigError, TrainerConfig
 from nlpfast.train.multitask import TaskBatches, TaskLoss, count_examples, whole_batch
 from nlpfast.train.random_state import set_seed
@@ -87,7 +87,7 @@ def train_sentences(
         for part in ("dev", "test"):
             if part not in data.examples:
                 continue
-            dataset = _dataset(data, part, vocabulary, options)
+            dataset = _dataset(data, part, vocabulary, options, model)
             found = predict(model, data.task, dataset, dtype=options.dtype)
             written.append(folder / f"{data.key}-{part}-out.csv")
             write_predictions(written[-1], data.examples[part], found, data.task.prediction)
@@ -109,10 +109,12 @@ def _read(options: SentencesOptions) -> list[TaskData]:
     return [read_task(part) for part in files]
 
 
-def _dataset(data: TaskData, part: str, vocabulary: WordPiece, options: SentencesOptions) -> SentenceDataset:
-    return SentenceDataset(
-        *(data.examples[part], vocabulary), max_length=options.max_length, source=data.files[part]
-    )
+def _dataset(
+    data: TaskData, part: str, vocabulary: WordPiece, options: SentencesOptions, model: BertForSentences
+) -> SentenceDataset:
+    # a model may read less than is asked for
+    longest = min(options.max_length, model.config.max_position_embeddings)
+    return SentenceDataset(*(data.examples[part], vocabulary), max_length=longest, source=data.files[part])
 
 
 def _prepared(
@@ -131,8 +133,10 @@ def _prepared(
         *(options.model, options.vocab, texts), size=options.vocab_size, cased=options.cased
     )
     made.append((vocabulary, tasks))
-    train = {data.task.name: _dataset(data, "train", vocabulary, options) for data in tasks}
-    dev = {data.key: _dataset(data, "dev", vocabulary, options) for data in tasks}
+    set_seed(options.seed)
+    model = _model(options, [data.task for data in tasks], len(vocabulary))
+    train = {data.task.name: _dataset(data, "train", vocabulary, options, model) for data in tasks}
+    dev = {data.key: _dataset(data, "dev", vocabulary, options, model) for data in tasks}
     steps = sum(-(-len(dataset) // options.batch_size) for dataset in train.values())
     multitask = options if isinstance(options, MultitaskOptions) else None
     if multitask is not None and multitask.strategy == "mixed":
@@ -149,8 +153,6 @@ def _prepared(
         seed=options.seed,
         apart=multitask is not None and multitask.pcgrad,
     )
-    set_seed(options.seed)
-    model = _model(options, [data.task for data in tasks], len(vocabulary))
     weights = {
         data.task.name: class_weights(data.examples["train"], cast(int, data.task.classes))
         for data in tasks
@@ -176,7 +178,9 @@ def _model(options: SentencesOptions, tasks: list[SentenceTask], pieces: int) ->
         more |= {"objective": options.objective, "rlayer": options.rlayer}
     if options.model is None:
         return BertForSentences(bert_config(options.config, pieces, dropout), **more)
-    return BertForSentences.from_pretrained(options.model, hidden_dropout_prob=dropout, **more)
+    model = BertForSentences.from_pretrained(options.model, hidden_dropout_prob=dropout, **more)
+    check_vocabulary(options.model, model.config, pieces)
+    return model
 
 
 def _facts(options: SentencesOptions, tasks: list[TaskData], vocabulary: WordPiece) -> dict[str, Any]:

@@ -97,7 +97,6 @@ def predict(
         pause: is called before each batch.
     """
     device = next(model.parameters()).device
-    # sentences of like length together: a batch is as long as its longest
     found = []
     with torch.no_grad():
         for first in range(0, len(dataset), TOGETHER):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nlpfast.data.packed_sentences import pack_sentences
+from nlpfast.models import pretrained
 from nlpfast.models.bert import BertConfig, BertForPreTraining, BertModel
 from nlpfast.models.bert_files import MINBERT
 from nlpfast.nn.packing import Packing
@@ -171,14 +172,11 @@ def test_what_fills_a_batch_up_does_not_count():
     assert len(packed.cu_seqlens) - 1 > packed.sentences
     follows, labels = torch.tensor([0, 1, 1]), torch.tensor([3, 4])
     given = {"rows": torch.tensor([1, 6]), "labels": labels, "next_sentence_label": follows}
-    losses = [
-        model(packed.input_ids, packing=Packing(packed.cu_seqlens, packed.longest), **given).loss,
-        model(
-            packed.input_ids[:9],
-            packing=Packing.of_lengths(torch.tensor([len(row) for row in rows])),
-            **given,
-        ).loss,
-    ]
+    layouts = {
+        len(packed.input_ids): Packing(packed.cu_seqlens, packed.longest),
+        9: Packing.of_lengths(torch.tensor([len(row) for row in rows])),
+    }
+    losses = [model(packed.input_ids[:n], packing=packing, **given).loss for n, packing in layouts.items()]
     torch.testing.assert_close(*losses)
 
 
@@ -233,6 +231,16 @@ def test_the_encoder_is_read_from_files_of_other_heads(tmp_path):
     assert "cls.seq_relationship.weight" in pretraining.missing_keys
 
 
+def test_the_bias_of_masked_tokens_has_two_names(tmp_path):
+    torch.manual_seed(4)
+    model = BertForPreTraining(TINY)
+    bias = torch.randn(TINY.vocab_size)
+    state = {k: v for k, v in model.state_dict().items() if k != "cls.predictions.bias"}
+    pretrained.write(tmp_path, TINY.to_dict(), {**state, "cls.predictions.decoder.bias": bias})
+    again = BertForPreTraining.from_pretrained(tmp_path)
+    assert torch.equal(again.cls["predictions"].bias, bias) and again.missing_keys == []
+
+
 def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     def old(name: str) -> str:
         name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
@@ -266,8 +274,6 @@ def test_keys_of_old_files_and_of_minbert_load(tmp_path, names, kind):
         (tmp_path / "model.safetensors").unlink()
         torch.save(state, tmp_path / "pytorch_model.bin")
     else:
-        from nlpfast.models import pretrained
-
         pretrained.write(tmp_path, TINY.to_dict(), state)
     again = BertModel.from_pretrained(tmp_path)
     assert again.missing_keys == []
@@ -312,8 +318,6 @@ def test_damaged_folders_are_named(tmp_path):
     model = BertModel(TINY)
     model.save_pretrained(tmp_path)
     state = model.state_dict()
-    from nlpfast.models import pretrained
-
     lacking = {k: v for k, v in state.items() if k != "encoder.layer.1.output.dense.bias"}
     pretrained.write(tmp_path, TINY.to_dict(), lacking)
     with pytest.raises(ValueError, match=r"encoder\.layer\.1\.output\.dense\.bias is missing"):

@@ -206,6 +206,18 @@ def test_sentences_that_are_cut_are_counted(files, capsys):
     assert "52 examples cut" in capsys.readouterr().err
 
 
+def test_a_model_that_reads_little_gets_little(files, capsys):
+    config = dataclasses.replace(bert_config("tiny", 200, 0.1), max_position_embeddings=6)
+    BertModel(config).save_pretrained("bert")
+    WordPiece.train(["all the words of a text"] * 9, 60).save("bert")
+    run = train_sentences(classify(files, model="bert", max_steps=1))
+    assert run.model.config.max_position_embeddings == 6
+    assert "examples cut" in capsys.readouterr().err
+    BertModel(dataclasses.replace(config, vocab_size=20)).save_pretrained("bert")
+    with pytest.raises(DataError, match="bert: has 20 pieces, the vocabulary"):
+        train_sentences(classify(files, model="bert", max_steps=1, output_dir="other"), quiet=True)
+
+
 def test_rows_that_are_skipped_are_told(files, capsys):
     rows = files["sst-train"].read_text().splitlines()
     rows[3] = rows[3].rpartition("\t")[0] + "\t"
