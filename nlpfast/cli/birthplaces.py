@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action = add_action(actions, name, text)
         action.add_argument("variant", choices=VARIANTS, help="without or with a bottleneck")
         action.add_argument("pretrain_corpus_path", metavar="CORPUS", help="documents, one a line")
-        add_options(action, BirthplacesOptions, "options", underscores=True)
+        add_options(action, BirthplacesOptions, "data, model and recipe", underscores=True)
     baseline = add_action(actions, "baseline", "give one answer to all, and count where it is right")
     _add(baseline, "eval_corpus_path", metavar="FILE", required=True, help="questions with answers")
     baseline.add_argument("--answer", default="London", metavar="WORDS", help="what is answered [London]")

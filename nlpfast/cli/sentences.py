@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action = add_action(actions, name, about)
         help_ = "go on with the run in DIR; options that are not given are those of the run"
         action.add_argument("--resume", metavar="DIR", help=help_)
-        add_options(action, options, "options", underscores=True)
+        add_options(action, options, "data, model and recipe", underscores=True)
     text = add_action(actions, "text", "print the sentences of files with examples, one a line")
     text.add_argument("files", nargs="+", metavar="FILE", help="id, one or two sentences, perhaps a label")
     split = add_action(actions, "split", "divide a file with examples at random, line by line")
