@@ -135,7 +135,7 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_gradient_is_an_error() -> None:
     x = {"a": torch.ones(1)}
     with pytest.raises(RuntimeError, match=r"there are \['a'\], expected \['a', 'b'\]"):
-        bench._distance(x, {**x, "b": torch.ones(1)})
+        bench.distance(x, {**x, "b": torch.ones(1)})
 
 
 @pytest.mark.parametrize("model", ["vanilla", "perceiver"])

@@ -41,6 +41,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(training, name, size)
     step = training.Pretraining("perceiver", torch.bfloat16, goal=1e9)
     monkeypatch.setattr(training, "CASES", (step, training.Block(9, 4, goal=1e9, quick=True)))
+    bert = bench.benchmark_module("bench_bert")
+    for name, size in {"C": 64, "LAYERS": 1, "V": 50, "LENGTHS": (3, 7)}.items():
+        monkeypatch.setattr(bert, name, size)
+    monkeypatch.setattr(bert, "CASES", (bert.Case(torch.float32, goal=1e9),))
 
 
 @pytest.mark.parametrize("argv", [["bench"], ["bench", "attention", "--quick"], ["bench", "--threads", "1"]])
@@ -72,6 +76,15 @@ def test_whole_steps_against_eager_code(capsys: pytest.CaptureFixture[str]) -> N
     assert out.count(">= 1e+09 MISSED") == 2
     assert out.count("compile") == 0
     assert len(err.splitlines()) == 2
+
+
+def test_packed_sentences_against_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "bert", "--threads", "1"]) == 0
+    out, err = capsys.readouterr()
+    for peer in ("padded", "transformers"):
+        assert f"| step on 32 sentences, float32 | 1       | {peer} " in out
+    assert out.count(">= 1e+09 MISSED") == 1
+    assert err == "bert: step on 32 sentences, float32, 1 thread\n"
 
 
 def test_output_file_and_folder(tmp_path: Path) -> None:

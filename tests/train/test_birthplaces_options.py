@@ -89,9 +89,9 @@ def test_what_an_action_needs(action, missing):
     given = {}
     for name in missing:
         with pytest.raises(ConfigError, match=f"{name}=None: {action} needs it, give the name of a file"):
-            needed(BirthplacesOptions(**given), action)
+            needed(BirthplacesOptions(**given), action, "vanilla")
         given[name] = "file"
-    needed(BirthplacesOptions(**given), action)
+    needed(BirthplacesOptions(**given), action, "vanilla")
 
 
 @pytest.mark.parametrize(
