@@ -101,7 +101,7 @@ class TaskBatches(Dataset[list[TaskBatch]]):
         batch_size: int,
         strategy: str,
         steps: int,
-        epochs: int,
+        total: int,
         seed: int,
         apart: bool = False,
     ) -> None:
@@ -112,7 +112,7 @@ class TaskBatches(Dataset[list[TaskBatch]]):
             batch_size: examples of each task in a batch.
             strategy: see the top of this module.
             steps: of an epoch.
-            epochs: of the run.
+            total: steps of the run.
             seed: of plan and orders.
             apart: tasks of a step are batches of their own.
         """
@@ -125,7 +125,7 @@ class TaskBatches(Dataset[list[TaskBatch]]):
         )
         self._steps = steps
         sizes = {name: len(dataset) for name, dataset in datasets.items()}
-        self.plan = plan_tasks(sizes, strategy, steps * epochs, seed)
+        self.plan = plan_tasks(sizes, strategy, total, seed)
         # how many batches of its task came before a step
         self._before: list[tuple[int, ...]] = []
         counts = dict.fromkeys(datasets, 0)

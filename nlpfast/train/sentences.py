@@ -141,15 +141,13 @@ def _prepared(
     multitask = options if isinstance(options, MultitaskOptions) else None
     if multitask is not None and multitask.strategy == "mixed":
         steps = -(-steps // len(train))
-    if options.max_steps is not None:
-        # the plan of the run is that of its steps
-        steps = min(steps, options.max_steps)
+    total = min(steps * options.epochs, options.max_steps or steps * options.epochs)
     batches = TaskBatches(
         train,
         batch_size=options.batch_size,
         strategy=multitask.strategy if multitask else "round_robin",
         steps=steps,
-        epochs=options.epochs,
+        total=total,
         seed=options.seed,
         apart=multitask is not None and multitask.pcgrad,
     )

@@ -45,7 +45,7 @@ def datasets(sizes=(7, 5, 4)) -> dict[str, SentenceDataset]:
 
 def batches(strategy="round_robin", steps=6, epochs=2, **options) -> TaskBatches:
     arguments = {"batch_size": 3, "seed": 5, **options}
-    return TaskBatches(datasets(), strategy=strategy, steps=steps, epochs=epochs, **arguments)
+    return TaskBatches(datasets(), strategy=strategy, steps=steps, total=steps * epochs, **arguments)
 
 
 def test_plans():

@@ -106,6 +106,27 @@ def test_every_strategy_trains(files, strategy):
     assert math.isfinite(records()[-1]["loss"])
 
 
+def test_the_model_is_that_of_the_best_score(files, monkeypatch):
+    scores = iter((0.9, 0.1))
+    monkeypatch.setattr(sentences.Validation, "__call__", lambda *_: {"score": next(scores)})
+    run = train_sentences(classify(files), quiet=True)
+    best, last = (BertForSentences.from_pretrained(f"runs/sentences/{name}") for name in ("best", "last"))
+    assert torch.equal(run.model.heads["sst"].weight, best.heads["sst"].weight)
+    assert not torch.equal(best.heads["sst"].weight, last.heads["sst"].weight)
+
+
+def test_a_run_that_is_cut_short_comes_to_every_task(files, monkeypatch):
+    seen = []
+    original = sentences.count_examples
+    monkeypatch.setattr(
+        sentences,
+        "count_examples",
+        lambda batches: (seen.append(batches[0].parts[0][0]), original(batches))[1],
+    )
+    train_sentences(multitask(files, strategy="sequential", max_steps=6, epochs=4), quiet=True)
+    assert seen == ["sst", "sst", "paraphrase", "paraphrase", "similarity", "similarity"]
+
+
 def test_projected_gradients_train(files):
     plain = train_sentences(multitask(files, strategy="mixed", output_dir="a"), quiet=True)
     other = train_sentences(multitask(files, strategy="mixed", pcgrad=True, output_dir="b"), quiet=True)
@@ -263,6 +284,13 @@ def test_predictions_of_each_kind():
             torch.int64 if task.kind == "classes" else torch.float32
         )
     assert bool(((together >= 0) & (together <= 5)).all())
+    # a logit above 0 says yes
+    with torch.no_grad():
+        model.heads["paraphrase"].weight.zero_()
+        for bias, answer in ((0.1, 1.0), (-0.1, 0.0)):
+            model.heads["paraphrase"].bias.fill_(bias)
+            pairs = [Example("a", ("one", "two"), None, 1)]
+            assert predict(model, PARAPHRASE, SentenceDataset(pairs, vocabulary)).tolist() == [answer]
 
 
 @pytest.mark.parametrize(
@@ -326,6 +354,8 @@ def test_learning_rates():
 
 
 def test_nothing_is_written_when_data_is_bad(files):
+    with pytest.raises(DataError, match=r"sst-test.csv:1: the columns .* must have .*sentiment"):
+        train_sentences(classify(files, dev=str(files["sst-test"])), quiet=True)
     with pytest.raises(DataError, match=r"nowhere.csv: no such file"):
         train_sentences(classify(files, dev="nowhere.csv"), quiet=True)
     with pytest.raises(ConfigError, match="holds the checkpoint"):
