@@ -204,7 +204,10 @@ def test_16_bit_lengths_and_head_sizes(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", CAUSAL)
-@pytest.mark.parametrize("kind", ["bool", "float", "float_keys", "float_queries"])
+@pytest.mark.parametrize(
+    "kind",
+    ["bool", "float", *(pytest.param(f"float_{of}", marks=pytest.mark.long) for of in ("keys", "queries"))],
+)
 def test_masks_that_hide_whole_tiles(backend: str, dtype: torch.dtype, causal: str, kind: str) -> None:
     L, S = 200, 300
     visible = torch.zeros(2, 1, L, S, dtype=torch.bool)
@@ -229,6 +232,7 @@ def test_magnitudes(backend: str, magnitude: float) -> None:
     compare(backend, make_inputs(2, 2, 33, 65, 32, magnitude=magnitude), "top_left")
 
 
+@pytest.mark.long
 def test_long_sums_round_no_more_than_eager(backend: str) -> None:
     """dK and dV of early keys sum over all queries; a single chain of 1,024 terms doubles the error."""
     tensors = make_inputs(1, 4, 1024, 1024, 64, requires_grad=True)
