@@ -99,6 +99,34 @@ def test_runs_can_be_repeated_and_resumed_to_the_bit(monkeypatch):
         assert other.figures == whole.figures
 
 
+def test_class_0_is_follows_as_in_hugging_faces_heads():
+    vocabulary = WordPiece.train(["one two three four"] * 9, 60)
+    documents = [["one two.", "three four.", "two three."], ["four one.", "two.", "one one."]]
+    dataset = MaskedTextDataset(documents, vocabulary, max_length=16, seed=1)
+    batch = collate_masked([dataset[i] for i in range(len(dataset))])
+    assert 0 < int(batch.is_next.sum()) < len(batch.is_next)
+    torch.manual_seed(0)
+    model = BertForPreTraining(bert_config("tiny", len(vocabulary), 0.0)).eval()
+    with torch.no_grad():
+        # sure that all follow
+        model.cls["seq_relationship"].bias.copy_(torch.tensor([9.0, -9.0]))
+        surprised = pretraining_loss(model, batch)
+        told = pretraining_loss(model, batch._replace(is_next=torch.ones_like(batch.is_next)))
+    assert float(surprised) > float(told) + 2
+
+
+def test_the_model_is_that_of_the_best_evaluation(monkeypatch):
+    scores = iter((-1.0, -2.0))
+    monkeypatch.setattr(bert_pretraining._Validation, "__call__", lambda *_: {"score": next(scores)})
+    run = pretrain_bert(options(output_dir="run"), settings(), quiet=True)
+    kept, best, last = (
+        BertForPreTraining.from_pretrained(f"run/{name}").bert.pooler["dense"].weight
+        for name in ("model", "best", "last")
+    )
+    assert torch.equal(kept, best) and not torch.equal(best, last)
+    assert run.folder == Path("run/model")
+
+
 def test_another_text_or_vocabulary_is_not_that_of_the_run():
     text = "\n\n".join("\n".join(document) for document in embedded_documents(20))
     Path("text").write_text(text)
