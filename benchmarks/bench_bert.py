@@ -23,8 +23,8 @@ from nlpfast.models.bert import BertConfig
 from nlpfast.models.bert_sentences import BertForSentences
 from nlpfast.nn.packing import Packing
 
-from .bench_training import distance
-from .measure import Settings, check_errors
+from .bench_training import checked, distance
+from .measure import Settings
 
 OP = "bert"
 OURS = "nlpfast"
@@ -111,12 +111,7 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
     for name in dict.fromkeys((PADDED, *implementations)):
         results = Step(case, name, 0.0).results()
         found[name] = {part: distance(results[part], values) for part, values in exact.items()}
-    if OURS in found:
-        limits = dict(found[PADDED])
-        # a single number may be right by luck
-        limits["loss"] = max(limits.values())
-        check_errors(case.name, found[OURS], limits)
-    return {name: found[name] for name in implementations}
+    return checked(case.name, found, PADDED, implementations)
 
 
 def config(dropout: float) -> BertConfig:

@@ -185,6 +185,18 @@ def test_the_score_decides_which_checkpoint_is_the_best(tmp_path, capsys):
     assert "score 0.5000 (best)" in capsys.readouterr().err.splitlines()[1]
 
 
+def test_a_run_that_goes_on_knows_its_best_score(tmp_path):
+    def trainer(steps, score):
+        arguments = {"score_fn": lambda *_: {"score": score}, "output_dir": tmp_path, "quiet": True}
+        return Trainer(Bigram(), Sentences(40), config(max_steps=steps, eval_every=2), **arguments)
+
+    trainer(2, 0.5).run()
+    later = trainer(4, 0.4)
+    later.resume(tmp_path)
+    assert later.run().best_score == 0.5
+    assert checkpoint.load(tmp_path / "best").state["step"] == 2
+
+
 def test_figures_without_a_score_leave_the_choice_to_the_loss(tmp_path):
     settings = config(max_steps=3, eval_every=1, learning_rate=60.0, grad_norm_clip=None)
     trainer = train(
