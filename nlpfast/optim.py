@@ -1,24 +1,120 @@
-"""Optimizers that PyTorch does not have: AdamW as CS224N's minBERT assignment defines it.
+"""Optimizers that PyTorch does not have, and the one of a run by its name.
 
-They differ from PyTorch's in a detail that a published result depends on; otherwise `torch.optim` is the
-right choice.
+AdamW is that of CS224N's minBERT assignment, Adamax that of fairseq. They differ from PyTorch's in a detail
+that a published result depends on; otherwise `torch.optim` is the right choice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "Adamax", "OptimizerOptions", "build_optimizer", "linear_weights_and_rest"]
 
 
-class AdamW(Optimizer):
+class OptimizerOptions(Protocol):
+    """What `build_optimizer` reads from a training configuration; `optimizer` too, where it has one."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+
+
+def build_optimizer(
+    decayed: Sequence[Tensor], kept: Sequence[Tensor], options: OptimizerOptions
+) -> Optimizer:
+    """Return the optimizer that a training configuration asks for, with two groups: `decayed` and `kept`.
+
+    ========  ===========================================================================================
+    adamw     ``torch.optim.AdamW``, decay decoupled (Loshchilov and Hutter 2019)
+    adam      ``torch.optim.Adam`` (Kingma and Ba 2015); the decay is added to the gradient, as L2
+    adamax    `Adamax`, decay decoupled
+    sgd       ``torch.optim.SGD`` without momentum; the decay is added to the gradient; `betas` do not count
+    ========  ===========================================================================================
+
+    Args:
+        decayed: parameters that decay by `options.weight_decay`.
+        kept: parameters that do not decay.
+        options: object with `learning_rate`, `betas` and `weight_decay`; its `optimizer` is one of the names
+            above, "adamw" where it has none.
+
+    Raises:
+        ValueError: an unknown optimizer.
+    """
+    groups = [
+        {"params": list(decayed), "weight_decay": options.weight_decay},
+        {"params": list(kept), "weight_decay": 0.0},
+    ]
+    rate, betas = options.learning_rate, options.betas
+    # the same formula in one kernel instead of ten; not every device has it
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in (*decayed, *kept))
+    name = getattr(options, "optimizer", "adamw")
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=fused)
+    if name == "adam":
+        return torch.optim.Adam(groups, lr=rate, betas=betas, fused=fused)
+    if name == "adamax":
+        return Adamax(groups, lr=rate, betas=betas)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=rate)
+    raise ValueError(f"optimizer={name!r} is unknown; give one of adamw, adam, adamax, sgd")
+
+
+def linear_weights_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters of a model that decay, and those that do not, as in minGPT.
+
+    The weights of `nn.Linear` layers decay. Biases, layer norms, embeddings, convolutions, recurrent layers
+    and parameters of a module's own do not. A weight that an embedding and a linear layer share is that of
+    whichever the model has first.
+
+    Args:
+        model: any module.
+    """
+    decay = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    parameters = dict(model.named_parameters())
+    decayed = [parameter for name, parameter in parameters.items() if name in decay]
+    return decayed, [parameter for name, parameter in parameters.items() if name not in decay]
+
+
+class _Stepping(Optimizer):
+    """An optimizer that updates group by group."""
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: computes loss and gradients first, if it is given.
+
+        Returns:
+            What the closure returns, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or complex.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = _with_gradients(group["params"])
+            if params:
+                self._update(group, params, [param.grad for param in params if param.grad is not None])
+        return loss
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        raise NotImplementedError
+
+
+class AdamW(_Stepping):
     """Adam with decoupled weight decay, as in CS224N's minBERT assignment.
 
     With the averages m of the gradients and v of their squares after t steps::
@@ -59,34 +155,7 @@ class AdamW(Optimizer):
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**options, "correct_bias": correct_bias})
 
-    @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None
-    ) -> float | None:
-        """Update all parameters that have a gradient.
-
-        Args:
-            closure: computes loss and gradients first, if it is given.
-
-        Returns:
-            What the closure returns, or None.
-
-        Raises:
-            RuntimeError: a gradient is sparse, or complex.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._update(group)
-        return loss
-
-    def _update(self, group: dict[str, Any]) -> None:
-        params = _with_gradients(group["params"])
-        if not params:
-            return
-        grads = [param.grad for param in params if param.grad is not None]
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         means, squares = (_averages(self, params, name) for name in ("exp_avg", "exp_avg_sq"))
         lr, (beta1, beta2) = group["lr"], group["betas"]
         torch._foreach_mul_(means, beta1)
@@ -103,6 +172,59 @@ class AdamW(Optimizer):
         if group["weight_decay"]:
             # no product with 1 - lr * weight_decay: in float32 it is 1.2e-7 below 1 where it should be 1e-7
             torch._foreach_add_(params, params, alpha=-lr * group["weight_decay"])
+
+
+class Adamax(_Stepping):
+    """Adamax with decoupled weight decay, as in fairseq.
+
+    With the average m of the gradients g and the decaying maximum u of their sizes after t steps::
+
+        m = beta1 * m + (1 - beta1) * g
+        u = max(beta2 * u, |g|)
+        p -= lr * weight_decay * p
+        p -= lr / (1 - beta1^t) * m / (u + eps)
+
+    It is algorithm 2 of Kingma and Ba 2015, with `eps`, and with the decay of Loshchilov and Hutter 2019.
+    ``torch.optim.Adamax`` has u = max(beta2 * u, |g| + eps), and adds the decay to the gradient.
+
+    The state of a parameter has its type: use float32 parameters with autocast rather than 16-bit ones.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Keep the parameters; there is no state before the first step.
+
+        Args:
+            params: parameters, or groups of them with options of their own.
+            lr: learning rate, at least 0.
+            betas: how much of the average m and of the maximum u stays in a step, from 0 to below 1 each.
+            eps: keeps the quotient finite, at least 0.
+            weight_decay: at least 0.
+
+        Raises:
+            ValueError: an argument is outside its bounds.
+        """
+        _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        means, sizes = (_averages(self, params, name) for name in ("exp_avg", "exp_inf"))
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        torch._foreach_mul_(means, beta1)
+        torch._foreach_add_(means, grads, alpha=1 - beta1)
+        torch._foreach_mul_(sizes, beta2)
+        torch._foreach_maximum_(sizes, torch._foreach_abs(grads))
+        if group["weight_decay"]:
+            torch._foreach_add_(params, params, alpha=-lr * group["weight_decay"])
+        divisors = torch._foreach_add(sizes, group["eps"])
+        rates = [-lr / (1 - beta1**step) for step in _counted(self, params)]
+        torch._foreach_addcdiv_(params, means, divisors, rates)
 
 
 def _check(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

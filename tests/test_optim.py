@@ -1,13 +1,14 @@
-"""AdamW of the minBERT assignment: its published result, its formula, its relatives in PyTorch, its state."""
+"""AdamW of the minBERT assignment, Adamax of fairseq, and optimizers by name: formulas, relatives, states."""
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from nlpfast.optim import AdamW
+from nlpfast.optim import Adamax, AdamW, build_optimizer, linear_weights_and_rest
 from nlpfast.train import checkpoint
 
 # The weights after 1000 steps that the assignment's own test expects, as float32 numbers: optimizer_test.npy,
@@ -68,10 +69,11 @@ def test_the_published_trajectory_in_float64():
         assert np.abs(trajectory[t] - expected).max() <= 1e-12
 
 
-def test_small_decays_are_not_rounded_away():
+@pytest.mark.parametrize("kind", [AdamW, Adamax])
+def test_small_decays_are_not_rounded_away(kind):
     """In float32 the number 1 - 1e-7 is 1.2e-7 below 1."""
     param = torch.nn.Parameter(torch.linspace(1, 2, 4001))
-    optimizer = AdamW([param], lr=1e-3, weight_decay=1e-4)
+    optimizer = kind([param], lr=1e-3, weight_decay=1e-4)
     start = param.detach().double()
     for _ in range(50):
         param.grad = torch.zeros_like(param)
@@ -183,9 +185,10 @@ def training(model, optimizer, steps):
         optimizer.step()
 
 
-def test_a_state_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize("kind", [AdamW, Adamax])
+def test_a_state_goes_on_where_it_was(kind, tmp_path):
     models = [torch.nn.Linear(3, 2) for _ in range(3)]
-    first, second, third = (AdamW(model.parameters(), lr=0.01, weight_decay=0.1) for model in models)
+    first, second, third = (kind(model.parameters(), lr=0.01, weight_decay=0.1) for model in models)
     training(models[0], first, 10)
     models[1].load_state_dict(models[0].state_dict())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
@@ -210,6 +213,7 @@ def test_gradients_of_other_kinds_are_refused():
         AdamW([param]).step()
 
 
+@pytest.mark.parametrize("kind", [AdamW, Adamax])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -221,6 +225,160 @@ def test_gradients_of_other_kinds_are_refused():
         ({"betas": (0.9, -0.1)}, r"betas\[1\]=-0.1 must be from 0 to below 1"),
     ],
 )
-def test_arguments_outside_their_bounds_are_named(options, message):
+def test_arguments_outside_their_bounds_are_named(kind, options, message):
     with pytest.raises(ValueError, match=message):
-        AdamW([torch.nn.Parameter(torch.ones(1))], **options)
+        kind([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+def test_adamax_by_hand():
+    """Three steps: the maximum is the gradient, then a larger gradient, then what is left of that."""
+    param = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = Adamax([param], lr=0.1, betas=(0.5, 0.5), eps=0.0, weight_decay=0.1)
+    # each weight is 0.99 of the one before, for the decay, minus rate * m / u
+    steps = [
+        (0.5, 0.99 - 0.1 / 0.5 * 0.25 / 0.5),
+        (-1.0, 0.99 * 0.89 + 0.1 / 0.75 * 0.375 / 1.0),
+        (0.1, 0.99 * 0.9311 + 0.1 / 0.875 * 0.1375 / 0.5),
+    ]
+    for gradient, expected in steps:
+        param.grad = torch.full_like(param, gradient)
+        optimizer.step()
+        assert param.item() == pytest.approx(expected, rel=1e-14)
+    assert {name: float(value) for name, value in optimizer.state[param].items()} == pytest.approx(
+        {"step": 3, "exp_avg": -0.1375, "exp_inf": 0.5}
+    )
+
+
+def maximum_formula(weight, gradient, steps, *, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, decay=0.0):
+    """The definition of Adamax in float64, with the gradient as a function of the step."""
+    mean, largest = np.zeros_like(weight), np.zeros_like(weight)
+    for t in range(1, steps + 1):
+        grad = gradient(t)
+        mean = betas[0] * mean + (1 - betas[0]) * grad
+        largest = np.maximum(betas[1] * largest, np.abs(grad))
+        weight = weight - lr * decay * weight
+        weight = weight - lr / (1 - betas[0] ** t) * mean / (largest + eps)
+    return weight
+
+
+@pytest.mark.parametrize("options", [option for option in OPTIONS if "correct_bias" not in option], ids=str)
+def test_adamax_is_its_formula_to_the_last_places(options):
+    starts = {
+        shape: np.linspace(-1, 1, int(np.prod(shape))).reshape(shape) for shape in ((3, 5), (1,), (2, 4, 4))
+    }
+    params = {shape: torch.nn.Parameter(torch.tensor(start)) for shape, start in starts.items()}
+    optimizer = Adamax(params.values(), **options)
+    for t in range(1, 31):
+        for shape, param in params.items():
+            # the last one gets its first gradient late, and counts its steps from there
+            param.grad = torch.tensor(wave(shape, t)) if shape != (1,) or t > 10 else None
+        optimizer.step()
+    named = {NAMES.get(name, name): value for name, value in options.items()}
+    for shape, param in params.items():
+        late = 10 if shape == (1,) else 0
+        expected = maximum_formula(
+            starts[shape], lambda t, shape=shape, late=late: wave(shape, t + late), 30 - late, **named
+        )
+        assert param.detach().numpy() == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2.5e-7), (torch.float64, 1e-11)])
+def test_adamax_without_decay_is_torchs(dtype, most):
+    """PyTorch adds eps to the gradient's size, fairseq to the maximum: 1.2e-7 and 2.3e-12 were measured."""
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(50, 20, dtype=dtype))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    optimizers = Adamax([ours]), torch.optim.Adamax([theirs])
+    for _ in range(50):
+        ours.grad = torch.randn_like(ours)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).abs().max().item() <= most
+
+
+def test_adamax_decays_apart_from_the_gradient_unlike_torchs():
+    group = Adamax([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
+    values = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
+    assert values == [2e-3, (0.9, 0.999), 1e-8, 0.0]
+    moved = []
+    for kind in (Adamax, torch.optim.Adamax):
+        param = torch.nn.Parameter(torch.ones(1))
+        param.grad = torch.zeros_like(param)
+        kind([param], lr=0.1, weight_decay=0.01).step()
+        moved.append(1 - param.item())
+    # lr * weight_decay; and a whole step, as the decay is all of the gradient
+    assert moved == pytest.approx([1e-3, 0.1], rel=1e-3)
+
+
+class Mixed(torch.nn.Module):
+    """One layer of every kind; the output layer shares the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(5, 4)
+        self.recurrent = torch.nn.LSTM(4, 4)
+        self.convolution = torch.nn.Conv1d(4, 4, 1)
+        self.norm = torch.nn.LayerNorm(4)
+        self.latents = torch.nn.Parameter(torch.ones(3, 4))
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 2, bias=False)])
+        self.output = torch.nn.Linear(4, 5, bias=False)
+        self.output.weight = self.embedding.weight
+
+
+def test_weights_of_linear_layers_decay_and_nothing_else():
+    model = Mixed()
+    decayed, kept = linear_weights_and_rest(model)
+    assert [id(p) for p in decayed] == [id(layer.weight) for layer in model.layers]
+    assert {id(p) for p in (*decayed, *kept)} == {id(p) for p in model.parameters()}
+    assert len(decayed) + len(kept) == len(list(model.parameters()))
+
+
+def options_of(**changes):
+    return SimpleNamespace(**{"learning_rate": 0.25, "betas": (0.8, 0.9), "weight_decay": 0.5, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((None, torch.optim.AdamW), ("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)),
+        *(("adamax", Adamax), ("sgd", torch.optim.SGD)),
+    ],
+)
+def test_optimizers_by_name(name, kind):
+    decayed, kept = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    options = options_of(**{} if name is None else {"optimizer": name})
+    optimizer = build_optimizer([decayed], [kept], options)
+    assert type(optimizer) is kind
+    assert [group["params"] for group in optimizer.param_groups] == [[decayed], [kept]]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    assert all(group["lr"] == 0.25 for group in optimizer.param_groups)
+    assert all(group.get("betas", (0.8, 0.9)) == (0.8, 0.9) for group in optimizer.param_groups)
+    # a gradient of 1, then of 0: without momentum sgd stands still, and L2 is a gradient
+    moved = []
+    for gradient in (1.0, 0.0):
+        decayed.grad, kept.grad = torch.full_like(decayed, gradient), torch.full_like(kept, gradient)
+        optimizer.step()
+        moved.append((decayed[0].item(), kept[0].item()))
+    if name == "sgd":
+        assert moved == [(1 - 0.25 * 1.5, 0.75), (0.625 * (1 - 0.25 * 0.5), 0.75)]
+    elif name == "adam":
+        # a first step is as long as the rate, however large the gradient
+        assert moved[0] == pytest.approx((0.75, 0.75), abs=1e-7) and moved[1][0] < moved[1][1] < 0.75
+    else:
+        assert moved[0] == pytest.approx((0.875 - 0.25, 0.75), abs=1e-7) and moved[1][1] < 0.75
+
+
+def test_a_model_of_embeddings_alone_has_an_optimizer():
+    table = torch.nn.Embedding(3, 2)
+    for name in ("adamw", "adam", "adamax", "sgd"):
+        optimizer = build_optimizer(*linear_weights_and_rest(table), options_of(optimizer=name))
+        table.weight.grad = torch.ones_like(table.weight)
+        before = table.weight.detach().clone()
+        optimizer.step()
+        assert torch.allclose(table.weight, before - 0.25, atol=1e-6)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="optimizer='lamb' is unknown; give one of adamw, adam, adamax, sgd"):
+        build_optimizer([torch.nn.Parameter(torch.ones(1))], [], options_of(optimizer="lamb"))

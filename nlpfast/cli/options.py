@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any, TypeVar, get_args, get_type_hints
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_type_hints
 
-from nlpfast.train.config import ConfigError
+from nlpfast.train.config import ConfigError, kinds_of
 
 Settings = TypeVar("Settings")
 
@@ -36,7 +37,12 @@ def add_action(
 
 
 def add_options(
-    parser: argparse.ArgumentParser, settings: type, title: str, *, underscores: bool = False
+    parser: argparse.ArgumentParser,
+    settings: type,
+    title: str,
+    *,
+    underscores: bool = False,
+    without: Sequence[str] = (),
 ) -> None:
     """Add an option for every field of a dataclass whose fields were declared with `option`.
 
@@ -45,13 +51,14 @@ def add_options(
         settings: the dataclass.
         title: of the group in the help.
         underscores: options also have the names of the fields: `--max_steps`.
+        without: fields that there is no option for.
     """
     group = parser.add_argument_group(title)
     hints = get_type_hints(settings)
     for field in dataclasses.fields(settings):
-        kinds = [kind for kind in get_args(hints[field.name]) if kind is not type(None)] or [
-            hints[field.name]
-        ]
+        if field.name in without:
+            continue
+        kinds = kinds_of(hints[field.name])
         # what is not given is left out, for `build` to know
         arguments: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
         text = field.metadata["help"]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nlpfast.data.lines import DataError
 from nlpfast.models import pretrained
 from nlpfast.models.bert_config import BertConfig
-from nlpfast.models.gpt_config import OptimizerOptions
 from nlpfast.models.parameter_file import read_parameters
+from nlpfast.optim import OptimizerOptions, build_optimizer
 
 __all__ = ["BertPretrained", "load", "local_folder", "read"]
 
@@ -67,23 +67,19 @@ class BertPretrained(nn.Module):
                 with torch.no_grad():
                     module.weight[module.padding_idx].zero_()
 
-    def configure_optimizers(self, train_config: OptimizerOptions) -> torch.optim.AdamW:
-        """Return AdamW that decays all weights but biases and those of layer norms, as BERT's authors do.
+    def configure_optimizers(self, train_config: OptimizerOptions) -> torch.optim.Optimizer:
+        """Return an optimizer, AdamW unless told otherwise, that decays as BERT's authors do.
 
-        Parameters that need no gradient are left out.
+        All weights decay but biases and those of layer norms. Parameters that need no gradient are left out.
 
         Args:
-            train_config: object with `learning_rate`, `betas` and `weight_decay`.
+            train_config: object with `learning_rate`, `betas`, `weight_decay`, and perhaps `optimizer`: see
+                `nlpfast.optim.build_optimizer`.
         """
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         kept = [p for name, p in named if name.endswith("bias") or "LayerNorm" in name]
         decayed = [p for name, p in named if not (name.endswith("bias") or "LayerNorm" in name)]
-        groups = [
-            {"params": decayed, "weight_decay": train_config.weight_decay},
-            {"params": kept, "weight_decay": 0.0},
-        ]
-        fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
-        return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=train_config.betas, fused=fused)
+        return build_optimizer(decayed, kept, train_config)
 
     def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors, which transformers reads too.

@@ -29,7 +29,6 @@ from nlpfast.models.gpt_cache import GPTCache
 from nlpfast.models.gpt_config import (
     GPT1Config,
     GPTConfig,
-    OptimizerOptions,
     check_call,
     check_config,
     check_prompts,
@@ -41,6 +40,7 @@ from nlpfast.nn.key_value_cache import KeyValueCache
 from nlpfast.nn.packing import Packing
 from nlpfast.ops.cross_entropy import cross_entropy
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
+from nlpfast.optim import OptimizerOptions, build_optimizer, linear_weights_and_rest
 
 __all__ = ["GPT", "Block", "GPT1Config", "GPTCache", "GPTConfig", "OptimizerOptions"]
 
@@ -272,27 +272,17 @@ class GPT(nn.Module):
         cache.advance()
         return self.head(self.ln_f(x[:, 0]))
 
-    def configure_optimizers(self, train_config: OptimizerOptions) -> torch.optim.AdamW:
-        """Return AdamW that decays the weights of linear layers, and nothing else.
+    def configure_optimizers(self, train_config: OptimizerOptions) -> torch.optim.Optimizer:
+        """Return an optimizer, AdamW unless told otherwise, that decays the weights of linear layers alone.
 
         Biases, layer norms, embeddings and positions are not decayed (the first group decays, the second does
         not).
 
         Args:
-            train_config: object with `learning_rate`, `betas` and `weight_decay`.
+            train_config: object with `learning_rate`, `betas`, `weight_decay`, and perhaps `optimizer`: see
+                `nlpfast.optim.build_optimizer`.
         """
-        decay = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Linear)}
-        parameters = dict(self.named_parameters())
-        groups = [
-            {
-                "params": [p for n, p in parameters.items() if n in decay],
-                "weight_decay": train_config.weight_decay,
-            },
-            {"params": [p for n, p in parameters.items() if n not in decay], "weight_decay": 0.0},
-        ]
-        # the same formula in one kernel instead of ten; not every device has it
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters.values())
-        return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=train_config.betas, fused=fused)
+        return build_optimizer(*linear_weights_and_rest(self), train_config)
 
     def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors; a write that fails leaves the files that were there.

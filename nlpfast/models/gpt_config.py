@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +12,6 @@ from nlpfast.nn.packing import Packing
 __all__ = [
     "GPT1Config",
     "GPTConfig",
-    "OptimizerOptions",
     "check_call",
     "check_config",
     "check_prompts",
@@ -107,14 +106,6 @@ class GPT1Config(GPTConfig):
     n_layer = 12
     n_head = 12
     n_embd = 768
-
-
-class OptimizerOptions(Protocol):
-    """What `GPT.configure_optimizers` reads from a training configuration."""
-
-    learning_rate: float
-    betas: tuple[float, float]
-    weight_decay: float
 
 
 def check_config(config: GPTConfig) -> None:

@@ -294,6 +294,7 @@ def _prepared(
         output_dir=options.output_dir,
         metadata=metadata,
         quiet=quiet,
+        width=model.config.hidden_size,
     )
     own_dropout(trainer)
     parameters = sum(parameter.numel() for parameter in model.parameters())

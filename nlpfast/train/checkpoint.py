@@ -31,7 +31,7 @@ from nlpfast.files import flush
 from nlpfast.models import pretrained
 from nlpfast.train.distributed import like, whole
 
-FORMAT = 3
+FORMAT = 4
 OPTIMIZER, ENDING, STATE = "optimizer", ".safetensors", "state.json"
 
 
@@ -149,6 +149,7 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     keep_previous: bool = False,
     write: bool = True,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint so that `folder` holds either the old one or the new one, whole.
 
@@ -163,6 +164,7 @@ def save(
         keep_previous: leave the checkpoint that this one replaces in `<folder>.previous`.
         write: False in all but one of several processes, which only bring their parts of weights and
             optimizer.
+        weights: those to be written, whole; None for the model's own.
 
     Raises:
         CheckpointError: `folder` is a file, or a folder with other content.
@@ -172,7 +174,8 @@ def save(
     partial = _beside(folder, "partial")
     if folder.exists() and not (folder / STATE).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} holds something else than a checkpoint: name another folder")
-    weights = {name: whole(weight) for name, weight in model.state_dict().items()}
+    if weights is None:
+        weights = {name: whole(weight) for name, weight in model.state_dict().items()}
     files, groups = dict(tensors or {}), None
     if optimizer is not None:
         files[OPTIMIZER], groups = _optimizer_parts(model, optimizer)
@@ -273,6 +276,8 @@ def _optimizer_content(
 ) -> dict[str, Any]:
     path = folder / f"{OPTIMIZER}{ENDING}"
     names = _parameter_names(model, optimizer)
+    if groups is None:
+        raise CheckpointError(f"{folder / STATE}: no optimizer, only a model: name the last/ of its run")
     if not isinstance(groups, list) or [group.get("params") for group in groups] != names:
         raise CheckpointError(f"{folder / STATE}: other optimizer groups: build it from the same model")
     flat = [name for group in names for name in group]

@@ -142,6 +142,7 @@ def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool)
         output_dir=options.output_dir,
         metadata=metadata,
         quiet=quiet,
+        width=options.n_embd,
     )
     own_dropout(trainer)
     return trainer, (

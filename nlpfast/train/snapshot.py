@@ -22,6 +22,8 @@ RandomStates = dict[str, dict[str, Tensor]]
 
 # options that the optimizer's groups hold
 OF_THE_OPTIMIZER = {"learning_rate", "betas", "weight_decay"}
+# options with which a schedule is planned
+OF_THE_SCHEDULE = {"schedule", "warmup_tokens", "final_tokens", "warmup_steps"}
 
 
 def take(steps: OptimizerStep, random: RandomStates) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -32,6 +34,7 @@ def take(steps: OptimizerStep, random: RandomStates) -> tuple[dict[str, Any], di
         random: of before the batches of the step at hand were loaded, as "window".
     """
     state = dataclasses.asdict(steps.state)
+    del state["ended"]
     state |= {"scaler": steps.scaler.state_dict(), "processes": steps.processes.world_size}
     # not in JSON, where NaN has no place
     losses = {"window": state.pop("window"), "meter": steps.meter.state()}
@@ -65,9 +68,10 @@ def put_back(folder: Path, steps: OptimizerStep) -> tuple[RandomStates, list[str
         ConfigError: an option that a run cannot change is different.
     """
     changes = changed_options(steps.config, checkpoint.load(folder).config)
+    changed = {change.partition(":")[0] for change in changes}
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in steps.optimizer.param_groups]
     saved = checkpoint.load(folder, steps.model, steps.optimizer)
-    if OF_THE_OPTIMIZER.intersection(change.partition(":")[0] for change in changes):
+    if OF_THE_OPTIMIZER & changed:
         for group, values in zip(steps.optimizer.param_groups, fresh, strict=True):
             group.update(values)
     state, random = dict(saved.state), RandomStates()
@@ -77,7 +81,10 @@ def put_back(folder: Path, steps: OptimizerStep) -> tuple[RandomStates, list[str
             now = steps.processes.world_size
             raise CheckpointError(f"{folder}: of a run with {processes} processes, not {now}: start as many")
         losses = {name: values.tolist() for name, values in saved.tensors["losses"].items()}
-        steps.state = TrainState.restored({**state, "window": losses["window"]})
+        steps.state = TrainState.restored({**state, "ended": None, "window": losses["window"]})
+        if OF_THE_SCHEDULE & changed:
+            # what was planned may be of another unit
+            steps.state.schedule_end = 0
         steps.meter.restore(losses["meter"])
         steps.scaler.load_state_dict(scaler)
         for name, tensor in saved.tensors["random"].items():

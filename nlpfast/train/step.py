@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nlpfast.train.config import TrainerConfig
+from nlpfast.optim import build_optimizer, linear_weights_and_rest
+from nlpfast.train.config import ConfigError, TrainerConfig
 from nlpfast.train.device import autocast, to_device
 from nlpfast.train.distributed import Processes, whole
 from nlpfast.train.feed import Batch
@@ -20,6 +21,8 @@ from nlpfast.train.schedule import learning_rate_multiplier
 
 # a loss scaler that still finds overflow after this many halvings in a row hides a divergence
 MOST_SKIPPED_IN_A_ROW = 50
+# steps of warm-up in Vaswani et al. 2017
+NOAM_WARMUP = 4000
 # examples that a message about a bad batch names
 NAMED = 3
 
@@ -51,6 +54,10 @@ class OptimizerStep:
         say: prints a line for people.
         planned_steps: of the whole run, if known; the schedule's length follows from it.
         schedule_tokens: what an example counts for in the schedule; None for its targets that count.
+        width: channels of the model, which the schedule "noam" needs.
+
+    Raises:
+        ConfigError: the schedule is "noam" and there is no width.
     """
 
     def __init__(
@@ -65,9 +72,13 @@ class OptimizerStep:
         say: Callable[[str], None],
         planned_steps: int | None,
         schedule_tokens: int | None = None,
+        width: int | None = None,
     ) -> None:
         """Build the optimizer."""
-        self.planned_steps, self.schedule_tokens = planned_steps, schedule_tokens
+        if config.schedule == "noam" and width is None:
+            rule = "it needs the width of the model, pass width= to the trainer or take another schedule"
+            raise ConfigError("schedule", "noam", rule)
+        self.planned_steps, self.schedule_tokens, self.width = planned_steps, schedule_tokens, width
         self.model, self.config, self.device, self.processes = model, config, device, processes
         self.loss_fn, self.sources, self.say = loss_fn, sources, say
         self._shared = processes.share(model, config.strategy)
@@ -80,9 +91,7 @@ class OptimizerStep:
         if hasattr(self.model, "configure_optimizers"):
             optimizer: torch.optim.Optimizer = cast(Any, self.model).configure_optimizers(config)
         else:
-            optimizer = torch.optim.AdamW(
-                self.model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay
-            )
+            optimizer = build_optimizer(*linear_weights_and_rest(self.model), config)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer
@@ -192,13 +201,18 @@ class OptimizerStep:
     def _set_learning_rate(self, tokens: int) -> None:
         state, config = self.state, self.config
         state.tokens += tokens
-        if not state.final_tokens:
-            planned = tokens * (self.planned_steps or 1)
-            state.final_tokens = config.final_tokens or planned
-            share = round(0.05 * state.final_tokens)
-            state.warmup_tokens = share if config.warmup_tokens is None else config.warmup_tokens
+        in_steps = config.warmup_steps is not None or config.schedule == "noam"
+        if not state.schedule_end:
+            planned = self.planned_steps or 1
+            state.schedule_end = planned if in_steps else config.final_tokens or tokens * planned
+            share = NOAM_WARMUP if in_steps else round(0.05 * state.schedule_end)
+            given = config.warmup_steps if in_steps else config.warmup_tokens
+            state.warmup_end = share if given is None else given
         factor = learning_rate_multiplier(
-            state.tokens, state.warmup_tokens, state.final_tokens, config.schedule
+            *(state.step + 1 if in_steps else state.tokens, state.warmup_end, state.schedule_end),
+            config.schedule,
+            width=self.width,
+            halvings=state.halvings,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor

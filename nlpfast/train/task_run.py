@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from nlpfast.data.lines import DataError
 from nlpfast.train import checkpoint
+from nlpfast.train.average import AVERAGED, models_of
 from nlpfast.train.checkpoint import find_exact
 from nlpfast.train.config import ConfigError, TrainerConfig
 from nlpfast.train.device import resolve_device
@@ -51,7 +52,7 @@ def check_output_dir(folder: Path, overwrite: bool) -> None:
     there = next(part for part in (folder, *folder.parents, Path()) if part.exists())
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError("output_dir", str(folder), f"{there} cannot be written to, name another folder")
-    for name in CHECKPOINTS:
+    for name in (*CHECKPOINTS, AVERAGED, *(path.name for path in models_of(folder).values())):
         if find_exact(folder / name) and not overwrite:
             rule = f"holds the checkpoint {name!r} of an earlier run, name another folder or add --overwrite"
             raise ConfigError("output_dir", str(folder), rule)
@@ -79,7 +80,7 @@ def run_task(
     resume: str | None = None,
     quiet: bool = False,
 ) -> tuple[Trainer, TrainState]:
-    """Train, and write `log.jsonl`, `last/` and `best/` to `options.output_dir`.
+    """Train, and write `log.jsonl`, `last/` and `best/`, perhaps more, to `options.output_dir`.
 
     Everything that can be wrong with options and data is found before anything is written. Under torchrun
     each of its processes calls this, and they train one model together.
@@ -122,7 +123,7 @@ def run_task(
             for line in (words, *(f"changed: {change}" for change in changes)):
                 print(line, file=sys.stderr, flush=True)
         if options.overwrite and resume is None and processes.rank == 0:
-            for name in CHECKPOINTS:
+            for name in (*CHECKPOINTS, AVERAGED, *(path.name for path in models_of(folder).values())):
                 for ending in ("", ".previous", ".older", ".partial"):
                     shutil.rmtree(folder / f"{name}{ending}", ignore_errors=True)
         return trainer, trainer.run()

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nlpfast.stop import StopSignals
-from nlpfast.train import checkpoint, snapshot
+from nlpfast.train import average, checkpoint, snapshot
 from nlpfast.train.config import ConfigError, TrainerConfig
 from nlpfast.train.device import resolve_device
 from nlpfast.train.distributed import Processes
+from nlpfast.train.evaluation import Evaluation, ScoreFunction
 from nlpfast.train.feed import Batch, Feed
 from nlpfast.train.log import RunLog, check_tensorboard
-from nlpfast.train.objective import count_targets, evaluation_mode, mean_loss, model_loss
+from nlpfast.train.objective import count_targets, model_loss
 from nlpfast.train.progress import RECORDED, TrainState
-from nlpfast.train.random_state import random_state, random_state_kept, set_random_state
+from nlpfast.train.random_state import random_state, set_random_state
 from nlpfast.train.snapshot import RandomStates
 from nlpfast.train.step import OptimizerStep, Stopping, TrainingError
 
@@ -49,7 +48,8 @@ class Trainer:
     processes, each of which gets its part of every batch.
 
     Args:
-        model: any module; `configure_optimizers(config)` is used if it has one, else AdamW on all parameters.
+        model: any module; `configure_optimizers(config)` is used if it has one, else `build_optimizer` with
+            decay of the weights of linear layers alone.
         train_dataset: a data set with a length; its `source(index)`, if it has one, names examples in
             messages.
         config: the settings.
@@ -59,7 +59,9 @@ class Trainer:
             mode and without gradients; calls `pause` between its batches, which leaves it when the run is to
             stop. The figures are logged; one by the name of "score" decides which checkpoint is the best, the
             higher the better.
-        output_dir: gets `log.jsonl`, `last/`, `last.previous/` and `best/`; None writes no file.
+        output_dir: gets `log.jsonl`, `last/`, `last.previous/` and `best/`, and with `config.average` the
+            models of the last evaluations, such as `step-00000250/`, and at the end of the run their mean,
+            `averaged/`; None writes no file.
         loss_fn: `(model, batch) -> mean loss`, a scalar tensor.
         count_fn: `batch -> number of targets that count`; it gets the batch on the CPU.
         collate_fn: makes a batch from a list of examples; torch's default when None.
@@ -69,9 +71,11 @@ class Trainer:
         schedule_tokens: what an example counts for in the learning rate's schedule and in `state.tokens`,
             such as its length with padding, as in minGPT; None for its targets that count.
         how_to_resume: option that is named when the run is stopped; None for ``--resume`` with the folder.
+        width: channels of the model, for the schedule "noam".
 
     Raises:
-        ConfigError: the device does not exist, or TensorBoard is asked for and cannot be had.
+        ConfigError: the device does not exist, TensorBoard is asked for and cannot be had, or what an option
+            needs is not given: a width, something to evaluate, an output folder.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class Trainer:
         config: TrainerConfig,
         *,
         validation: Dataset[Any] | None = None,
-        score_fn: Callable[[nn.Module, Callable[[], None]], Mapping[str, float]] | None = None,
+        score_fn: ScoreFunction | None = None,
         output_dir: str | Path | None = None,
         loss_fn: Callable[[nn.Module, Any], Tensor] = model_loss,
         count_fn: Callable[[Any], int] = count_targets,
@@ -90,6 +94,7 @@ class Trainer:
         quiet: bool = False,
         schedule_tokens: int | None = None,
         how_to_resume: str | None = None,
+        width: int | None = None,
     ) -> None:
         """Move the model to its device and build optimizer and data order; nothing is written yet."""
         self.device, self.processes = resolve_device(config.device), Processes()
@@ -97,21 +102,26 @@ class Trainer:
             check_tensorboard()
         if config.strategy == "fsdp" and config.dtype == "float16":
             raise ConfigError("strategy", "fsdp", "its parts have no loss scaler, use bfloat16 or float32")
+        if config.average and output_dir is None:
+            raise ConfigError("average", config.average, "it keeps models in files, pass output_dir=")
         self.model, self.config = model.to(self.device), config
         self.count_fn, self.collate_fn = count_fn, collate_fn
         self.output_dir = Path(output_dir) if output_dir is not None else None
         self.metadata, self.quiet = dict(metadata or {}), quiet or self.processes.rank > 0
         self.feed = self._build_feed(train_dataset, config.sampling, config.batch_size)
-        self.validation, self.score_fn = validation, score_fn
-        if validation is not None:
-            size = config.eval_batch_size or 4 * config.batch_size
-            self._validation_feed = self._build_feed(validation, "sequential", size)
+        size = config.eval_batch_size or 4 * config.batch_size
+        of_validation = self._build_feed(validation, "sequential", size) if validation is not None else None
         self.steps = OptimizerStep(
             *(self.model, config, self.device, self.processes, loss_fn),
             sources=self.feed.sources,
             say=self._say,
             planned_steps=self.total_steps(),
             schedule_tokens=schedule_tokens,
+            width=width,
+        )
+        self.evaluation, self.score_fn = (
+            Evaluation(self.steps, of_validation, score_fn, self._pause),
+            score_fn,
         )
         self._how_to_resume = how_to_resume or f"--resume {self.output_dir}"
         self.state, self.meter, self.optimizer = self.steps.state, self.steps.meter, self.steps.optimizer
@@ -139,7 +149,7 @@ class Trainer:
         return changes
 
     def run(self) -> TrainState:
-        """Train until `max_steps` or `max_epochs`, evaluate, save, and return the final state.
+        """Train until `max_steps`, `max_epochs` or `early_stop`, evaluate, save, and return the final state.
 
         On SIGINT, SIGTERM or SIGUSR1 the step or evaluation at hand is left, `last` is saved, and the
         exception of the signal is raised; a second signal ends the process at once.
@@ -156,6 +166,8 @@ class Trainer:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OSError(f"{folder}: cannot be made ({error.strerror}); name another folder") from error
+            if self.config.average:
+                average.remove_models(folder, newest=self.config.average, until=self.state.step)
         self._clock = time.monotonic() - self.state.seconds
         stream, length = None if self.quiet else sys.stderr, self.state.log_bytes
         log = RunLog(folder, length=length, tensorboard=self.config.tensorboard, stream=stream)
@@ -174,10 +186,23 @@ class Trainer:
         if self.state.due:
             self._after_step()
             self._pause()
-        while not self._finished():
+        while self._reason_to_end() is None:
             self._train_epoch()
         if self.state.evaluated_step != self.state.step:
             self._after_step(final=True)
+        self._end()
+
+    def _end(self) -> None:
+        """Say why the run is over, and write the mean of its last models where that is asked for."""
+        state, config = self.state, self.config
+        state.ended = self._reason_to_end()
+        if state.ended == "early_stop" and self._log is not None:
+            self._log.note({"step": state.step, "ended": state.ended})
+            self._say(f"ended early: {state.stale_evaluations} evaluations without a better one")
+        if config.average and self.output_dir is not None and self.processes.rank == 0:
+            settings = dataclasses.asdict(config)
+            steps = average.write_average(self.output_dir, self.model, settings, metadata=self.metadata)
+            self._say(f"{average.AVERAGED}/: mean of the models after step {', '.join(map(str, steps))}")
 
     def _train_epoch(self) -> None:
         """Take the steps of the rest of the current epoch."""
@@ -197,7 +222,7 @@ class Trainer:
                 if self._one_step(group):
                     self._after_step()
                     self._pause()
-                if self._finished():
+                if self._reason_to_end() is not None:
                     return
         if state.step == before and start == 0:
             raise TrainingError(f"epoch {state.epoch}: no target counts in the loss: check the data")
@@ -213,41 +238,7 @@ class Trainer:
             ValueError: there is no validation data.
             TrainingError: no target counts, or the loss is not finite.
         """
-        if self.validation is None:
-            raise ValueError("validation=None: give the trainer validation data to evaluate on")
-        feed = self._validation_feed
-
-        def batches() -> Iterator[Batch]:
-            for batch in itertools.islice(feed.batches(), self.config.eval_batches):
-                self._pause()
-                yield batch
-
-        with random_state_kept():
-            loss, tokens = mean_loss(
-                self.model, batches(), lambda batch: self.steps.loss(self.model, batch), self.processes
-            )
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {self.state.step}: the validation loss is {loss} over {tokens} tokens: check the data"
-            )
-        return loss
-
-    def _evaluate_into(self, record: dict[str, Any]) -> bool:
-        """Add the figures of an evaluation to a record, and return whether they are the best so far."""
-        state, figures, best = self.state, {}, False
-        if self.validation is not None:
-            state.val_loss = record["val_loss"] = self.evaluate()
-            best = state.best_loss is None or state.val_loss < state.best_loss
-            state.best_loss = state.val_loss if best else state.best_loss
-        if self.score_fn is not None:
-            with random_state_kept(), evaluation_mode(self.model):
-                figures = dict(self.score_fn(self.model, self._pause))
-        if "score" in figures:
-            best = state.best_score is None or figures["score"] > state.best_score
-            state.best_score = figures["score"] if best else state.best_score
-        if figures or self.validation is not None:
-            record |= {**figures, "best": best}
-        return best
+        return self.evaluation.loss(self.model)
 
     def save(self, name: str) -> None:
         """Write the checkpoint `output_dir/name`; nothing happens without an output folder.
@@ -298,11 +289,15 @@ class Trainer:
             pinned=self.device.type == "cuda",
         )
 
-    def _finished(self) -> bool:
-        steps, epochs = self.config.max_steps, self.config.max_epochs
-        return (steps is not None and self.state.step >= steps) or (
-            epochs is not None and self.state.epoch >= epochs
-        )
+    def _reason_to_end(self) -> str | None:
+        """Return the option that ends the run here, or None."""
+        state, config = self.state, self.config
+        reached = {
+            "max_steps": (config.max_steps, state.step),
+            "max_epochs": (config.max_epochs, state.epoch),
+            "early_stop": (config.early_stop, state.stale_evaluations),
+        }
+        return next((name for name, (end, now) in reached.items() if end is not None and now >= end), None)
 
     def total_steps(self) -> int | None:
         """Return how many optimizer steps the run will take."""
@@ -330,7 +325,7 @@ class Trainer:
             record = {key: getattr(state, key) for key in RECORDED}
             record |= self.meter.record(self.optimizer.param_groups[0]["lr"], time.monotonic() - self._clock)
             if evaluating:
-                best = self._evaluate_into(record)
+                best = self.evaluation.into(record, self.model)
             log.record(record, self.total_steps())
             self.meter.restart()
         else:
@@ -339,5 +334,12 @@ class Trainer:
         state.evaluated_step = state.step if evaluating else state.evaluated_step
         if best:
             self.save("best")
+        keeping = self.output_dir if evaluating and config.average else None
+        if keeping is not None:
+            options = {"metadata": self.metadata, "write": self.processes.rank == 0}
+            average.keep_model(keeping, state.step, self.model, dataclasses.asdict(config), **options)
         if saving:
             self.save("last")
+        # only now: a run that goes on from the `last` before this one needs the older models
+        if keeping is not None and self.processes.rank == 0:
+            average.remove_models(keeping, newest=config.average, until=state.step)

@@ -29,6 +29,20 @@ BAD_TRAINING = [
     ({"schedule": "linear"}, "schedule='linear'", "cosine"),
     ({"warmup_tokens": -1}, "warmup_tokens=-1", "at least 0"),
     ({"warmup_tokens": 10, "final_tokens": 10}, "warmup_tokens=10", "less than final_tokens"),
+    ({"warmup_tokens": 5, "warmup_steps": 9}, "warmup_steps=9", "give warmup_tokens, which is 5, or this"),
+    ({"final_tokens": 5, "warmup_steps": 0}, "warmup_steps=0", "give final_tokens, which is 5, or this"),
+    ({"warmup_steps": -1}, "warmup_steps=-1", "at least 0"),
+    ({"schedule": "noam", "warmup_tokens": 5}, "warmup_tokens=5", "noam counts steps, give warmup_steps"),
+    ({"schedule": "noam", "warmup_steps": 0}, "warmup_steps=0", "begins with a warm-up, give at least 1"),
+    ({"schedule": "noam", "final_tokens": 5}, "final_tokens=5", "noam has no end, leave it out"),
+    ({"schedule": "inverse_sqrt", "final_tokens": 5}, "final_tokens=5", "has no end, leave it out"),
+    ({"schedule": "inverse_sqrt", "warmup_steps": 0}, "warmup_steps=0", "begins with a warm-up"),
+    ({"schedule": "inverse_sqrt", "warmup_tokens": 0}, "warmup_tokens=0", "begins with a warm-up"),
+    ({"schedule": "plateau", "plateau_patience": 0}, "plateau_patience=0", "at least 1"),
+    ({"plateau_patience": None}, "plateau_patience=None", "at least 1"),
+    ({"early_stop": 0}, "early_stop=0", "at least 1"),
+    ({"average": -1}, "average=-1", "at least 0"),
+    ({"optimizer": "lamb"}, "optimizer='lamb'", "give one of adamw, adam, adamax, sgd"),
     ({"dtype": "int8"}, "dtype='int8'", "bfloat16"),
     ({"device": 0}, "device=0", "a text"),
     ({"seed": -1}, "seed=-1", "at least 0"),
@@ -69,6 +83,16 @@ def test_an_integer_is_a_good_float_and_none_is_good_where_it_is_allowed():
     config = TrainerConfig(learning_rate=1, grad_norm_clip=None, betas=(0, 0.5))
     assert config.learning_rate == 1
     assert config.grad_norm_clip is None
+
+
+def test_schedules_take_what_is_theirs():
+    for schedule in ("cosine", "constant", "plateau", "mingpt"):
+        assert TrainerConfig(schedule=schedule, warmup_steps=0).warmup_steps == 0
+        assert TrainerConfig(schedule=schedule, warmup_tokens=0, final_tokens=9).final_tokens == 9
+    assert TrainerConfig(schedule="noam").warmup_steps is None
+    assert TrainerConfig(schedule="inverse_sqrt", warmup_tokens=1).warmup_tokens == 1
+    # where no end is used, no warm-up is too long
+    assert TrainerConfig(schedule="constant", warmup_tokens=9, final_tokens=9).warmup_tokens == 9
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,11 @@ def test_all_stop_at_the_same_step_and_go_on_bit_for_bit(strategy, tmp_path):
         )
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one), file
+    kept = {path.name for path in (tmp_path / "unstopped").glob("step-*")}
+    assert len(kept) == 2 and {path.name for path in (tmp_path / "stopped").glob("step-*")} == kept
+    for name in (*kept, "averaged"):
+        one, other = (load_file(tmp_path / x / name / "model.safetensors") for x in ("stopped", "unstopped"))
+        assert all(torch.equal(one[key], other[key]) for key in one) and one.keys() == other.keys()
     # dropout is another one in each process, and both come again
     random = load_file(tmp_path / "stopped" / "last" / "random.safetensors")
     assert {name.partition(".")[0] for name in random} == {"0", "1"}

@@ -6,9 +6,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from toys import Bigram, Sentences, config, train
+from toys import VOCABULARY, Bigram, Sentences, config, small_gpt, train
 
+from nlpfast.models.bert import BertConfig, BertForPreTraining
+from nlpfast.optim import Adamax
 from nlpfast.train import checkpoint
+from nlpfast.train.config import ConfigError
 from nlpfast.train.trainer import Trainer, TrainingError
 
 
@@ -202,3 +205,71 @@ def test_the_schedule_can_count_examples_with_their_padding():
     assert trainer.state.tokens == 4 * 3 * 8
     expected = 0.5 * 0.5 * (1 + math.cos(math.pi * (96 - 24) / (216 - 24)))
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def rates(folder):
+    return [json.loads(line)["lr"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# rates of 8 steps with a peak of 0.5, or that factor, and a warm-up of 4 steps
+IN_STEPS = {
+    "cosine": [0.125, 0.25, 0.375, *(0.25 * (1 + math.cos(math.pi * k / 4)) for k in range(4)), 0.05],
+    "constant": [0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.5, 0.5],
+    "inverse_sqrt": [0.125, 0.25, 0.375, *(0.5 * math.sqrt(4 / step) for step in range(4, 9))],
+    "noam": [*(0.5 * 0.25 * step / 8 for step in (1, 2, 3)), *(0.125 / math.sqrt(n) for n in range(4, 9))],
+}
+
+
+@pytest.mark.parametrize("schedule", IN_STEPS)
+def test_schedules_can_count_steps(schedule, tmp_path):
+    """However many targets count in them."""
+    settings = config(schedule=schedule, warmup_steps=4, warmup_tokens=None, max_steps=8, log_every=1)
+    train(Bigram(), Sentences(40), settings, output_dir=tmp_path, width=16)
+    assert rates(tmp_path) == pytest.approx(IN_STEPS[schedule], rel=1e-12)
+
+
+def test_the_inverse_square_root_can_count_tokens(tmp_path):
+    data = Sentences(40)
+    settings = config(schedule="inverse_sqrt", warmup_tokens=60, max_steps=8, log_every=1)
+    trainer = train(Bigram(), data, settings, output_dir=tmp_path)
+    tokens = (
+        torch.tensor([int(data.counts[part].sum()) for part in trainer.feed.order][:8]).cumsum(0).tolist()
+    )
+    assert tokens[0] < 60 < tokens[-1]
+    expected = [0.5 * (n / 60 if n < 60 else math.sqrt(60 / n)) for n in tokens]
+    assert rates(tmp_path) == pytest.approx(expected, rel=1e-12)
+
+
+def test_noam_has_4000_steps_of_warmup_and_others_a_twentieth_of_the_run():
+    settings = config(schedule="noam", warmup_tokens=None, max_steps=2)
+    trainer = train(Bigram(), Sentences(40), settings, width=16)
+    assert trainer.state.warmup_end == 4000
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.25 * 2 * 4000**-1.5, rel=1e-12)
+    settings = config(schedule="inverse_sqrt", warmup_tokens=None, max_steps=10)
+    trainer = train(Bigram(), Sentences(40), settings)
+    assert trainer.state.warmup_end == round(0.05 * trainer.state.schedule_end) > 1
+
+
+def test_noam_without_a_width_is_refused():
+    with pytest.raises(ConfigError, match="schedule='noam': it needs the width of the model, pass width="):
+        Trainer(Bigram(), Sentences(4), config(schedule="noam", warmup_tokens=None), quiet=True)
+
+
+KINDS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "adamax": Adamax, "sgd": torch.optim.SGD}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_models_are_trained_by_the_optimizer_of_that_name(name):
+    settings = config(optimizer=name, betas=(0.7, 0.8), weight_decay=0.25)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    bert = BertForPreTraining(BertConfig(vocab_size=VOCABULARY, **sizes))
+    own = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    for model in (small_gpt(), bert, own):
+        optimizer = Trainer(model, Sentences(4), settings, quiet=True).optimizer
+        assert type(optimizer) is KINDS[name]
+        decayed, kept = optimizer.param_groups
+        assert (decayed["weight_decay"], kept["weight_decay"]) == (0.25, 0.0)
+        assert decayed["lr"] == kept["lr"] == 0.5
+        assert name == "sgd" or decayed["betas"] == kept["betas"] == (0.7, 0.8)
+        assert sum(len(group["params"]) for group in (decayed, kept)) == len(list(model.parameters()))
+    assert [id(parameter) for parameter in decayed["params"]] == [id(own[1].weight)]

@@ -40,6 +40,21 @@ SETTINGS = {
 }
 
 
+# the rate is so high that evaluations get worse
+LATE = {"warmup_tokens": None, "warmup_steps": 2, "eval_every": 1, "learning_rate": 0.3, "average": 2}
+VARIANTS = {
+    "early": {**LATE, "optimizer": "adamax", "schedule": "inverse_sqrt", "early_stop": 3},
+    "plateau": {
+        **LATE,
+        "optimizer": "sgd",
+        "schedule": "plateau",
+        "plateau_patience": 1,
+        "learning_rate": 9.0,
+    },
+    "noam": {**LATE, "optimizer": "adam", "schedule": "noam", "early_stop": 99},
+}
+
+
 class Drawing(Dataset):
     """Sentences of which loading draws from every generator that there is."""
 
@@ -77,7 +92,8 @@ def trainer(folder, loss_fn, settings):
     model = GPT(GPTConfig(VOCABULARY, 8, n_layer=1, n_head=2, n_embd=8))
     data = Drawing() if settings.num_workers == 0 else Sentences(11, empty=(1, 4, 5))
     return Trainer(
-        model, data, settings, validation=Sentences(5), output_dir=folder, loss_fn=loss_fn, quiet=True
+        *(model, data, settings),
+        **{"validation": Sentences(5), "output_dir": folder, "loss_fn": loss_fn, "quiet": True, "width": 8},
     )
 
 
@@ -97,6 +113,10 @@ def outcome(run: Trainer) -> dict:
     tensors |= {f"random {name}": value for name, value in random_state().items()}
     values = {name: torch.as_tensor(tensor).tolist() for name, tensor in tensors.items()}
     best = checkpoint.load(run.output_dir / "best").state["step"]
+    for folder in (*run.output_dir.glob("step-*"), *run.output_dir.glob("averaged*")):
+        values[folder.name] = checkpoint.load(folder).state
+        kept = load_file(folder / "model.safetensors")
+        values |= {f"{folder.name} {name}": tensor.tolist() for name, tensor in kept.items()}
     values |= {"log": records(run.output_dir), "scaler": run.steps.scaler.state_dict(), "best": best}
     groups = run.optimizer.state_dict()["param_groups"]
     return {**values, **state, "groups": groups, "meter": run.meter.state()}
@@ -147,6 +167,50 @@ def test_stopped_at_any_batch(workers, dtype, tmp_path):
         assert_same(wanted, resumed(folder, settings))
     if workers == 0 and dtype == "float32":
         assert kinds >= {(kind, epoch) for kind in ("due", "window", "step") for epoch in (0, 1)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_optimizers_schedules_ends_and_averages(variant, tmp_path):
+    settings = config(**{**SETTINGS, **VARIANTS[variant]})
+    wanted, calls = uninterrupted(tmp_path / "whole", settings)
+    assert wanted["ended"] == ("early_stop" if variant == "early" else "max_epochs")
+    assert wanted["step"] < 6 or variant != "early", "the case must end early"
+    assert (wanted["halvings"] > 0) is (variant == "plateau")
+    assert wanted["averaged"] == {"step": wanted["step"], "averaged": [wanted["step"] - 1, wanted["step"]]}
+    needed = set()
+    for call in (*range(1, calls, 3), calls) if variant != "noam" else (5, calls - 2):
+        folder = tmp_path / str(call)
+        stopped(folder, settings, call)
+        state = checkpoint.load(folder / "last").state
+        for field in ("stale_evaluations", "halvings"):
+            if state[field] and field not in needed:
+                shutil.copytree(folder, tmp_path / field)
+                changed(tmp_path / field / "last", field)
+                needed |= {field} if resumed(tmp_path / field, settings) != wanted else set()
+        assert_same(wanted, resumed(folder, settings))
+    fields = {"early": {"stale_evaluations"}, "plateau": {"halvings"}, "noam": set()}
+    assert needed >= fields[variant]
+
+
+def test_a_schedule_that_is_changed_is_planned_anew(tmp_path):
+    """From tokens to steps, of which there are fewer."""
+    stopped(tmp_path / "run", config(**SETTINGS), 9)
+    before = checkpoint.load(tmp_path / "run" / "last").state
+    assert before["schedule_end"] > 6 and before["warmup_end"] == 9
+    run = trainer(
+        tmp_path / "run", Stopper(), config(**{**SETTINGS, "warmup_tokens": None, "warmup_steps": 1})
+    )
+    assert run.resume(tmp_path / "run") == ["warmup_tokens: 9 -> None", "warmup_steps: None -> 1"]
+    run.run()
+    assert (run.state.schedule_end, run.state.warmup_end) == (6, 1)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.1)
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    stopped(tmp_path, config(**SETTINGS), 9)
+    run = trainer(tmp_path, Stopper(), config(**{**SETTINGS, "optimizer": "adamax"}))
+    with pytest.raises(ConfigError, match="optimizer='adamax': a run that is resumed keeps its own, adamw"):
+        run.resume(tmp_path)
 
 
 def test_stopped_again_and_again(tmp_path):
@@ -236,11 +300,18 @@ def mid_run(tmp_path_factory):
 
 
 FIELDS = [
-    *("step", "epoch", "batch", "tokens", "warmup_tokens", "final_tokens", "best_loss", "val_loss", "due"),
+    *("step", "epoch", "batch", "tokens", "warmup_end", "schedule_end", "best_loss", "val_loss", "due"),
     *("empty_batches", "evaluated_step", "log_bytes"),
 ]
 # counters of what does not happen in this run; without them it is refused, which the next test shows
-STILL = {"skipped_steps", "skipped_in_a_row", "nonfinite_steps", "best_score"}
+STILL = {
+    "skipped_steps",
+    "skipped_in_a_row",
+    "nonfinite_steps",
+    "best_score",
+    "stale_evaluations",
+    "halvings",
+}
 
 
 @pytest.mark.parametrize("field", FIELDS)

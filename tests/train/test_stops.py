@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from nlpfast.cli import main
 from nlpfast.models import gpt
-from nlpfast.train import checkpoint, language_model, trainer
+from nlpfast.train import checkpoint, evaluation, language_model, trainer
 from nlpfast.train import step as optimizer_step
 
 RUN = [
@@ -100,10 +100,10 @@ PLACES = {
     "in a step": (gpt.GPT, "forward", 10),
     "between batches": (optimizer_step.OptimizerStep, "_weighted", 10),
     "clipping": (optimizer_step.OptimizerStep, "_step", 5),
-    "evaluation": (trainer.Trainer, "evaluate", 2),
+    "evaluation": (evaluation.Evaluation, "loss", 2),
     "saving": (checkpoint, "save", 3),
     "renaming": (checkpoint, "_take_place", 4),
-    "last evaluation": (trainer.Trainer, "evaluate", 3),
+    "last evaluation": (evaluation.Evaluation, "loss", 3),
 }
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 

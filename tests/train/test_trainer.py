@@ -56,8 +56,8 @@ def test_learning_rate_follows_the_tokens_that_count(tmp_path):
 
 def test_tokens_of_warmup_and_end_are_planned_from_the_first_step():
     trainer = train(Bigram(), Counting(), config(max_steps=10, warmup_tokens=None, schedule="cosine"))
-    assert trainer.state.final_tokens == 10 * 4 * 8
-    assert trainer.state.warmup_tokens == 16
+    assert trainer.state.schedule_end == 10 * 4 * 8
+    assert trainer.state.warmup_end == 16
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from nlpfast.train.trainer import Trainer
 # an epoch has 6 batches of 2, of which the last has one sentence alone, and some have nothing that counts
 SETTINGS = {
     **{"max_steps": None, "max_epochs": 2, "accumulation_steps": 2, "learning_rate": 0.01, "log_every": 1},
-    **{"eval_every": 2, "save_every": 1, "seed": 3, "schedule": "cosine"},
+    **{
+        "eval_every": 2,
+        "save_every": 1,
+        "seed": 3,
+        "schedule": "cosine",
+        "optimizer": "adamax",
+        "average": 2,
+    },
 }
 
 
