@@ -25,6 +25,7 @@ from nlpfast import dispatch
 
 from .gpu import Pass
 from .measure import Settings, check_errors
+from .process_memory import measured, megabytes_of
 
 OP = "linear_cross_entropy"
 OURS = "nlpfast"
@@ -175,7 +176,7 @@ def memory(case: Case, implementation: str) -> float | None:
 
     None for what is not measured: only ours and the eager peer of cases with a goal, and only on Linux.
     """
-    if case.memory_goal is None or implementation not in (OURS, EAGER) or not Path("/proc/self").exists():
+    if case.memory_goal is None or implementation not in (OURS, EAGER) or not measured():
         return None
     command = [sys.executable, "-m", __name__, str(CASES.index(case)), implementation]
     root = Path(__file__).parents[1]
@@ -188,21 +189,15 @@ def main(index: str, implementation: str) -> None:
     torch.set_num_threads(1)
     case = CASES[int(index)]
 
-    def step(case: Case) -> int:
+    def step(case: Case) -> float:
         (work,) = passes(case, implementation, Settings(), 1)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        before = _kilobytes("VmRSS")
-        gradients = work.step()
-        return _kilobytes("VmHWM") - before - sum(x.nbytes for x in gradients) // 1024
+        gradients: list[Tensor] = []
+        taken = megabytes_of(lambda: gradients.extend(work.step()))
+        return taken - sum(x.nbytes for x in gradients) / 2**20
 
     # loads the code of the libraries
     step(replace(case, shape=(128, 1024, case.shape[2])))
-    print(step(case) / 1024)
-
-
-def _kilobytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+    print(step(case))
 
 
 def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:

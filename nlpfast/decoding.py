@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LanguageModel", "generate", "next_token_probabilities"]
+__all__ = ["LanguageModel", "evaluation_mode", "generate", "next_token_probabilities"]
 
 
 class LanguageModel(Protocol):
@@ -88,7 +88,7 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens} must be >= 0; 0 returns the prompt")
     _check_sampling(temperature, top_k, top_p)
     text = _Text(model, idx, lengths, max_new_tokens, prefix, use_cache)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for _ in range(max_new_tokens):
             logits = text.next_logits()
             if bool(logits.isnan().any()):
@@ -215,7 +215,15 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) 
 
 
 @contextmanager
-def _evaluation_mode(model: object) -> Iterator[None]:
+def evaluation_mode(model: object) -> Iterator[None]:
+    """Put all modules of a model in evaluation mode, and back in their own afterwards, also after an error.
+
+    Args:
+        model: anything; what is no `nn.Module` has no mode.
+
+    Yields:
+        Nothing.
+    """
     # each module's own mode is put back: some may have been frozen in evaluation mode on purpose
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     try:

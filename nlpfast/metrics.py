@@ -1,22 +1,33 @@
 """Numbers that say how good predictions are, computed in float64.
 
-accuracy    how many are right
-f1          how many are right of those said to be in a class, and of those that are
-pearson     how far one list of numbers is a straight line of another
+accuracy         how many are right
+f1               how many are right of those said to be in a class, and of those that are
+pearson          how far one list of numbers is a straight line of another
+corpus_scores    how near translations are to references: BLEU, chrF, TER, all by sacreBLEU (the extra `nmt`)
+
+Dimensions: N predictions, or sentences.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["accuracy", "f1", "pearson"]
+if TYPE_CHECKING:
+    from sacrebleu.metrics.base import Metric
+
+__all__ = ["BLEU_TOKENIZERS", "CORPUS_METRICS", "CorpusScore", "accuracy", "corpus_scores", "f1", "pearson"]
 
 Numbers = Sequence[float] | Tensor
+
+CORPUS_METRICS = ("bleu", "chrf", "chrf++", "ter")
+# those of sacreBLEU that need no download and no package of a language
+BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")
 
 
 def accuracy(predictions: Numbers, labels: Numbers) -> float:
@@ -118,3 +129,95 @@ def _pair(first: Numbers, second: Numbers, names: tuple[str, str]) -> tuple[Tens
         lengths = f"{len(found[0])} and {len(found[1])} numbers"
         raise ValueError(f"{names[0]} and {names[1]} have {lengths}; they must have as many, one for each")
     return found[0], found[1]
+
+
+class CorpusScore(NamedTuple):
+    """A score of a whole text.
+
+    Attributes:
+        name: BLEU, chrF2, chrF2++ or TER.
+        score: in percent, without rounding. More is better, for TER less; TER may be above 100.
+        signature: sacreBLEU's: the settings and its version, to be given with the score.
+    """
+
+    name: str
+    score: float
+    signature: str
+
+
+def corpus_scores(
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    metrics: Sequence[str] = ("bleu", "chrf", "ter"),
+    *,
+    lowercase: bool = False,
+    tokenize: str = "13a",
+) -> list[CorpusScore]:
+    """Compare translations with references, by sacreBLEU and with its settings.
+
+    BLEU (Papineni et al. 2002) counts n-grams of words, chrF (Popovic 2015, 2017) those of characters, TER
+    (Snover et al. 2006) edits of words. Only scores with the same signature can be compared, and only of text
+    as people read it, not in subwords and not tokenised (Post 2018).
+
+    Args:
+        hypotheses: N translations; an empty one is scored too.
+        references: one sequence or several, each of N correct translations.
+        metrics: some of "bleu", "chrf", "chrf++" (words as well) and "ter".
+        lowercase: compare without case. TER always does, as sacreBLEU has it by default.
+        tokenize: how BLEU makes words, one of `BLEU_TOKENIZERS`; "13a" for languages with spaces, "zh" for
+            Chinese, "char" for others without, "none" for text with a space between any two words already.
+
+    Returns:
+        The score of each metric, in the order of `metrics`.
+
+    Raises:
+        ValueError: there are no sentences or no references, their numbers differ, or a word is not known.
+        RuntimeError: sacreBLEU is not installed; the message says how to install it.
+    """
+    _check_texts(hypotheses, references)
+    for name in metrics:
+        if name not in CORPUS_METRICS:
+            raise ValueError(f"metrics with {name!r} must be some of {', '.join(CORPUS_METRICS)}; change it")
+    if tokenize not in BLEU_TOKENIZERS:
+        raise ValueError(f"tokenize={tokenize!r} must be one of {', '.join(BLEU_TOKENIZERS)}; change it")
+    scores = []
+    for name in metrics:
+        metric = _metric(name, lowercase, tokenize)
+        score = metric.corpus_score(hypotheses, references)
+        scores.append(CorpusScore(score.name, score.score, metric.get_signature().format()))
+    return scores
+
+
+def _check_texts(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    # a string is a sequence of strings as well
+    if isinstance(hypotheses, str):
+        raise ValueError("hypotheses is a string and must be a list of sentences; put it into one")
+    if any(isinstance(reference, str) for reference in references):
+        raise ValueError("references has sentences and must have lists of them; put your list into another")
+    if not hypotheses or not references:
+        raise ValueError("hypotheses and references must have at least one sentence; check what is compared")
+    for number, reference in enumerate(references):
+        if len(reference) != len(hypotheses):
+            lengths = f"{len(hypotheses)} and {len(reference)} sentences"
+            rule = "they must have as many, the i-th of one a translation like the i-th of the other"
+            raise ValueError(f"hypotheses and references[{number}] have {lengths}; {rule}")
+
+
+def _metric(name: str, lowercase: bool, tokenize: str) -> Metric:
+    library = _sacrebleu()
+    if name == "bleu":
+        # without force it prints what it thinks of tokenised text
+        return library.BLEU(lowercase=lowercase, tokenize=tokenize, force=True)
+    if name == "ter":
+        return library.TER()
+    return library.CHRF(lowercase=lowercase, word_order=2 if name == "chrf++" else 0)
+
+
+def _sacrebleu() -> ModuleType:
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise RuntimeError(
+            f"BLEU, chrF and TER need sacrebleu ({error}): pip install 'nlpfast[nmt]'"
+        ) from error
+    return sacrebleu

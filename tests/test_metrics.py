@@ -1,6 +1,9 @@
-"""Accuracy, F1 and correlation: values by hand, NumPy's, and laws that hold for any numbers."""
+"""Accuracy, F1, correlation and scores of translations: values by hand, those of others, and laws."""
 
+import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from nlpfast.metrics import accuracy, f1, pearson
+from nlpfast.metrics import BLEU_TOKENIZERS, accuracy, corpus_scores, f1, pearson
 
 PREDICTIONS, LABELS = [0, 1, 2, 2, 1, 0, 0], [0, 2, 2, 1, 1, 0, 3]
 
@@ -155,3 +158,133 @@ def test_rounding_does_not_lead_beyond_one():
     for seed in range(200):
         x = np.random.default_rng(seed).standard_normal(7)
         assert abs(pearson(x, 3 * x + 0.1)) <= 1.0
+
+
+@pytest.fixture
+def sacrebleu():
+    return pytest.importorskip("sacrebleu")
+
+
+HYPOTHESES = ["the cat sat on the mat", "a dog barks"]
+REFERENCE = ["the cat sat on a mat today", "a big dog barks"]
+
+
+def test_bleu_by_hand(sacrebleu):
+    """Of the n-grams of each sentence, those that are right, once for each time the reference has them.
+
+    1: the (one of two) cat sat on mat, 5 of 6;      a dog barks, 3 of 3
+    2: the-cat cat-sat sat-on, 3 of 5;               dog-barks, 1 of 2
+    3: the-cat-sat cat-sat-on, 2 of 4;               0 of 1
+    4: the-cat-sat-on, 1 of 3;                       0 of 0
+    9 words where the reference has 11: the brevity penalty is exp(1 - 11 / 9).
+    """
+    ((name, score, signature),) = corpus_scores(HYPOTHESES, [REFERENCE], ["bleu"])
+    assert score == pytest.approx(100 * math.exp(1 - 11 / 9) * (8 / 9 * 4 / 7 * 2 / 5 * 1 / 3) ** (1 / 4))
+    version = sacrebleu.__version__
+    assert (name, signature) == ("BLEU", f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{version}")
+
+
+def test_chrf_and_ter_by_hand(sacrebleu):
+    """The letters abc of abcd: precision 1 and recall 3/4, 2/3, 1/2 for 1, 2, 3 letters; F with recall twice.
+
+    Edits of words: the/a and an additional today, of 7; an additional big, of 4.
+    """
+    ((name, score, signature),) = corpus_scores(["abc"], [["abcd"]], ["chrf"])
+    recall = (3 / 4 + 2 / 3 + 1 / 2) / 3
+    assert score == pytest.approx(100 * 5 * recall / (4 + recall))
+    assert name == "chrF2" and "|case:mixed|eff:yes|nc:6|nw:0|" in signature
+    ((name, score, signature),) = corpus_scores(HYPOTHESES, [REFERENCE], ["ter"])
+    assert score == pytest.approx(100 * 3 / 11)
+    assert name == "TER" and "|case:lc|tok:tercom|" in signature
+    ((name, score, signature),) = corpus_scores(["abc def"], [["abc def"]], ["chrf++"])
+    assert (name, score) == ("chrF2++", 100) and "|nw:2|" in signature
+
+
+TEXTS = {
+    "hyp": ["The cat sat, on the mat!", "", "Größe: 3.5 (etwa) A B", "ganz  anders "],
+    "ref": ["The cat sat on a mat.", "Nothing here.", "Größe: 3,5 (etwa) a b", "a  B c"],
+    "other": ["A cat, it sat on the mat!", "", "größe 3.5", ""],
+}
+
+
+@pytest.mark.parametrize(
+    ("references", "lowercase", "tokenize", "words"),
+    [
+        (["ref"], False, "13a", []),
+        (["ref", "other"], True, "intl", ["-tok", "intl", "-lc", "--chrf-lowercase"]),
+        (["other"], False, "char", ["-tok", "char"]),
+        (["other", "ref"], True, "none", ["-tok", "none", "-lc", "--chrf-lowercase"]),
+    ],
+)
+def test_the_scores_are_those_of_the_command_sacrebleu(
+    references, lowercase, tokenize, words, sacrebleu, tmp_path
+):
+    for name, lines in TEXTS.items():
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    command = ["sacrebleu", *references, "-i", "hyp", "-m", "bleu", "chrf", "ter", "-w", "9", "-f", "json"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    expected = [(entry["name"], entry["score"], entry["signature"]) for entry in json.loads(done.stdout)]
+    assert [name for name, *_ in expected] == ["BLEU", "chrF2", "TER"]
+    texts = [TEXTS[name] for name in references]
+    found = corpus_scores(TEXTS["hyp"], texts, lowercase=lowercase, tokenize=tokenize)
+    assert [(name, round(score, 9), signature) for name, score, signature in found] == expected
+    # all differ from each other, or this would say little
+    assert len({round(score, 3) for _, score, _ in expected}) == 3
+
+
+def test_scores_come_in_the_order_asked_for(sacrebleu):
+    names = [
+        score.name for score in corpus_scores(HYPOTHESES, [REFERENCE], ["ter", "chrf++", "bleu", "chrf"])
+    ]
+    assert names == ["TER", "chrF2++", "BLEU", "chrF2"]
+
+
+def test_empty_translations_are_scored(sacrebleu):
+    whole, half = (corpus_scores([line, ""], [["a b c d", "e f g h"]]) for line in ("a b c d", ""))
+    assert [score for _, score, _ in half] == [0, 0, 100]
+    assert whole[0].score == pytest.approx(100 * math.exp(1 - 8 / 4)) and whole[2].score == 50
+
+
+@pytest.mark.parametrize(
+    ("hypotheses", "references", "options", "message"),
+    [
+        ([], [[]], {}, "at least one sentence"),
+        (["a"], [], {}, "at least one sentence"),
+        ("a b", [["a", " ", "b"]], {}, "hypotheses is a string and must be a list"),
+        (["a b"], ["a b"], {}, "references has sentences and must have lists of them"),
+        (["a"], "a", {}, "references has sentences"),
+        (["a"], [["a"], ["a", "b"]], {}, r"references\[1\] have 1 and 2 sentences; they must have as many"),
+        (["a", "b"], [["a"]], {}, r"references\[0\] have 2 and 1 sentences"),
+        (["a"], [["a"]], {"metrics": ["bleu", "BLEU"]}, r"'BLEU' must be some of bleu, chrf, chrf\+\+, ter"),
+        (["a"], [["a"]], {"tokenize": "flores200"}, "'flores200' must be one of 13a, intl, zh, char, none"),
+    ],
+)
+def test_what_cannot_be_scored(hypotheses, references, options, message):
+    with pytest.raises(ValueError, match=message):
+        corpus_scores(hypotheses, references, **options)
+
+
+def test_without_sacrebleu_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(RuntimeError, match=r"need sacrebleu .*pip install 'nlpfast\[nmt\]'"):
+        corpus_scores(["a"], [["a"]])
+
+
+def test_scores_print_nothing_and_write_no_file(sacrebleu, tmp_path):
+    program = (
+        "import sys, socket\n"
+        "socket.getaddrinfo = socket.socket.connect = None\n"
+        "from nlpfast.metrics import corpus_scores\n"
+        "assert 'sacrebleu' not in sys.modules\n"
+        "lines = ['this is tokenised text .'] * 200\n"
+        f"for tokenize in {BLEU_TOKENIZERS!r}:\n"
+        "    assert corpus_scores(lines, [lines], tokenize=tokenize)[0].score > 99.9\n"
+    )
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []

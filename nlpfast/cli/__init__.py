@@ -20,7 +20,10 @@ from nlpfast.stop import INTERRUPTED, TERMINATED, StopSignals, Terminated
 from nlpfast.train.config import ConfigError
 
 # each is a module of this package with add_arguments(parser) and run(args) -> int; its docstring is the help
-VERBS = ("train", "generate", "birthplaces", "sentences", "vocab", "align", "info", "bench")
+VERBS = (
+    *("train", "generate", "birthplaces", "sentences", "translate"),
+    *("vocab", "align", "score", "plot", "info", "bench"),
+)
 
 USAGE, DATA, OTHER = 2, 65, 1
 

@@ -40,6 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("source", metavar="SRC", help="UTF-8 text, a sentence a line, words between spaces")
     train.add_argument("target", metavar="TGT", help="its translation, line by line")
     train.add_argument("--model", choices=MODELS, default=MODELS[0], help=f"which aligner [{MODELS[0]}]")
+    extract = add_action(actions, "extract", "align the words of parallel text by a translation model")
+    extract.add_argument("model", metavar="RUN", help="folder of a run of `nlpfast train translation`")
+    extract.add_argument("source", metavar="SRC", help="UTF-8 text, a sentence a line")
+    extract.add_argument("target", metavar="TGT", help="its translation, which the model is made to write")
+    extract.add_argument("--subwords", action="store_true", help="link the model's subwords instead of words")
+    extract.add_argument(
+        "--layer", type=int, metavar="N", help="decoder layer, from 0 or -1 (the aligned one)"
+    )
+    extract.add_argument("--heads", type=int, metavar="N", help="the first N of its heads (those that align)")
+    extract.add_argument("--device", default="auto", metavar="WORD", help="auto, cpu, cuda or cuda:N [auto]")
     for action in (combine, train):
         action.add_argument("--method", choices=METHODS, default=_METHOD, help=f"how to combine [{_METHOD}]")
 
@@ -56,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: a file is missing or damaged, or two files do not belong together.
         RuntimeError: the aligner is not installed.
+        OSError: there is no model.
+        ValueError: the model is damaged, or has no such layer or heads.
     """
-    {"score": _score, "symmetrize": _symmetrize, "train": _train}[args.action](args)
+    {"score": _score, "symmetrize": _symmetrize, "train": _train, "extract": _extract}[args.action](args)
     return 0
 
 
@@ -123,6 +135,27 @@ def _train(args: argparse.Namespace) -> None:
                 file=sys.stderr,
             )
     for links in aligned.links:
+        print(format_links(links))
+
+
+def _extract(args: argparse.Namespace) -> None:
+    from nlpfast.data.alignments import format_links
+    from nlpfast.data.lines import read_lines_together
+    from nlpfast.models.translator import Translator
+    from nlpfast.train.device import resolve_device
+
+    translator = Translator.from_folder(args.model, device=resolve_device(args.device))
+    asked = {"layer": args.layer, "heads": args.heads}
+    options = {name: value for name, value in asked.items() if value is not None}
+    source, target = zip(*read_lines_together((args.source, args.target)), strict=True)
+    found = translator.align(
+        translator.source.encode_batch(source),
+        translator.target.encode_batch(target),
+        place=lambda row: f"{args.source}:{row + 1}",
+        **options,
+    )
+    for alignment in found:
+        links = set(alignment.links()) if args.subwords else translator.word_links(alignment)
         print(format_links(links))
 
 

@@ -1,24 +1,28 @@
 """Train a model.
 
-Tasks: lm, a GPT on the characters of a text; bert, a BERT on sentences with masked words. Writes log.jsonl
-and the checkpoints last/ and best/ to --output-dir. SIGINT, SIGTERM and SIGUSR1 save the run and end it;
---resume DIR goes on with it. Several processes: torchrun --nproc_per_node=2 -m nlpfast train lm ...
+Tasks: lm, a GPT on the characters of a text; bert, a BERT on sentences with masked words; translation, a
+Transformer or an RNN on sentences and their translations. Writes log.jsonl and the checkpoints last/ and
+best/ to --output-dir. SIGINT, SIGTERM and SIGUSR1 save the run and end it; --resume DIR goes on with it.
+Several processes: torchrun --nproc_per_node=2 -m nlpfast train lm ...
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import Any
 
 from nlpfast.cli.options import UsageError, add_action, add_options, build, given
 from nlpfast.cli.resumed import resumed_options, resumed_run
 from nlpfast.train.bert_options import BertPretrainingOptions
 from nlpfast.train.config import LanguageModelOptions, TrainerConfig
+from nlpfast.train.translation_options import WITHOUT, TranslationConfig, TranslationOptions
 
-TASKS: dict[str, tuple[type[Any], str]] = {
-    "lm": (LanguageModelOptions, "train a GPT on the characters of a text"),
-    "bert": (BertPretrainingOptions, "pretrain a BERT on sentences with masked words"),
+TASKS: dict[str, tuple[type[Any], type[TrainerConfig], str]] = {
+    "lm": (LanguageModelOptions, TrainerConfig, "train a GPT on the characters of a text"),
+    "bert": (BertPretrainingOptions, TrainerConfig, "pretrain a BERT on sentences with masked words"),
+    "translation": (TranslationOptions, TranslationConfig, "train a model that translates"),
 }
 
 
@@ -29,18 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: the verb's parser.
     """
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
-    for name, (options, text) in TASKS.items():
+    for name, (options, config, text) in TASKS.items():
         task = add_action(tasks, name, text)
         if name == "bert":
             help_ = "as --text: sentences, one a line, blank lines between documents"
             task.add_argument("corpus", nargs="?", metavar="CORPUS", help=help_)
+        elif name == "translation":
+            help_ = "as --source and --target: two texts, line by line, or one TSV file"
+            task.add_argument("texts", nargs="*", metavar="TEXT", help=help_)
         task.add_argument(
             "--resume",
             metavar="DIR",
             help="go on with the run in DIR; options that are not given are those of the run",
         )
         add_options(task, options, "text, model and results")
-        add_options(task, TrainerConfig, "training")
+        add_options(task, config, "training", without=WITHOUT if name == "translation" else ())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,26 +63,39 @@ def run(args: argparse.Namespace) -> int:
         if hasattr(args, "text"):
             raise UsageError(f"--text {args.text}: it is given with {args.corpus}: leave one out")
         args.text = args.corpus
-    kind = TASKS[args.task][0]
-    options, config = build(kind, args), build(TrainerConfig, args)
+    for text, field in zip(_texts(args), ("source", "target"), strict=False):
+        if hasattr(args, field):
+            raise UsageError(f"--{field} {getattr(args, field)}: it is given with {text}: leave one out")
+        setattr(args, field, text)
+    kind, training, _ = TASKS[args.task]
+    options, config = build(kind, args), build(training, args)
     if args.resume is not None:
         # imports torch: a wrong option is reported without waiting for it
         from nlpfast.train.resume import saved_options
 
         saved = resumed_run(args)
         options = resumed_options(kind, saved, args)
-        config = saved_options(TrainerConfig, saved.config, given(TrainerConfig, args))
+        config = saved_options(training, saved.config, given(training, args))
     elif hasattr(args, "text") and hasattr(args, "biographies"):
         raise UsageError("--biographies is given with --text, which takes their place: leave one out")
-    train = _lm if args.task == "lm" else _bert
-    results = train(options, config, args.resume)
+    tasks: dict[str, Callable[..., dict[str, object]]]
+    tasks = {"lm": _lm, "bert": _bert, "translation": _translation}
+    results = tasks[args.task](options, config, args.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         for name, value in results.items():
             print(f"{name:<16} {value}")
     return 0
 
 
-# both import torch: a wrong option is reported without waiting for it
+def _texts(args: argparse.Namespace) -> list[str]:
+    """Return the texts of a translation that are named without an option."""
+    texts: list[str] = getattr(args, "texts", [])
+    if len(texts) > 2:
+        raise UsageError(f"{texts[2]}: give two texts, line by line, or one TSV file")
+    return texts
+
+
+# all import torch: a wrong option is reported without waiting for it
 def _lm(options: LanguageModelOptions, config: TrainerConfig, resume: str | None) -> dict[str, object]:
     from nlpfast.train.language_model import train_language_model
 
@@ -103,6 +123,22 @@ def _bert(options: BertPretrainingOptions, config: TrainerConfig, resume: str | 
         "steps": result.state.step,
         "parameters": result.parameters,
         "unigram entropy": f"{result.unigram_entropy:.4f}",
+        **figures,
+        "seconds": f"{result.state.seconds:.1f}",
+        "model": result.folder,
+    }
+
+
+def _translation(options: TranslationOptions, config: TrainerConfig, resume: str | None) -> dict[str, object]:
+    from nlpfast.train.translation import train_translation
+
+    result = train_translation(options, config, resume=resume)
+    figures = {
+        name.replace("_", " "): f"{value:.4f}" for name, value in result.figures.items() if name != "score"
+    }
+    return {
+        "steps": result.state.step,
+        "parameters": result.parameters,
         **figures,
         "seconds": f"{result.state.seconds:.1f}",
         "model": result.folder,

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from nlpfast.files import flush
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "check_weights", "read_config", "read_weights", "write"]
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "check_weights",
+    "model_type",
+    "read_config",
+    "read_weights",
+    "write",
+]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -76,6 +84,31 @@ def read_config(folder: str | Path, model_type: str) -> dict[str, Any]:
         OSError: when the file is missing or unreadable; names it.
         ValueError: when it is not JSON, or of another kind of model; names it.
     """
+    fields = _fields(folder)
+    found = fields.pop("model_type", model_type)
+    if found != model_type:
+        path = Path(folder) / CONFIG_FILE
+        raise ValueError(
+            f"{path}: model_type is {found!r}, expected {model_type!r}; load it with the class it is for"
+        )
+    return fields
+
+
+def model_type(folder: str | Path) -> str | None:
+    """Return the kind of model that config.json names; None if it names none.
+
+    Args:
+        folder: a saved model.
+
+    Raises:
+        OSError: when the file is missing or unreadable; names it.
+        ValueError: when it is not JSON; names it.
+    """
+    found: str | None = _fields(folder).get("model_type")
+    return found
+
+
+def _fields(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_FILE
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -85,11 +118,6 @@ def read_config(folder: str | Path, model_type: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error}); save the model again") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: holds a {type(fields).__name__}, expected an object; save the model again")
-    found = fields.pop("model_type", model_type)
-    if found != model_type:
-        raise ValueError(
-            f"{path}: model_type is {found!r}, expected {model_type!r}; load it with the class it is for"
-        )
     return fields
 
 

@@ -21,9 +21,11 @@ import torch
 
 from nlpfast.cli import bench, build_parser, main
 from nlpfast.data.birthplaces_files import read_documents
+from nlpfast.data.subwords import Subwords
 from nlpfast.models.gpt import GPT, GPTConfig
 from nlpfast.models.parameter_file import write_parameters
 from nlpfast.train import checkpoint
+from nlpfast.train.translation_options import ALIGNED
 
 USAGE, DATA = 2, 65
 LEAST = 200
@@ -44,7 +46,7 @@ def see(command: str, *words: str) -> list[Case]:
 
 
 VERBS = [
-    ("", USAGE, "name a verb", "train, generate, birthplaces, sentences, vocab, align, info, bench"),
+    ("", USAGE, "name a verb", "vocab, align, score, plot, info, bench"),
     *see("", "fly", "INFO", "inf", "--fly", "--verbose"),
     ("--max-steps 3", USAGE, "VERB", "choose from 'train', 'generate'"),
     *see("info", "extra", "--quick", "--device cpu", "--json=yes"),
@@ -59,8 +61,11 @@ VERBS = [
     *see("birthplaces", "forget", "Pretrain"),
     ("vocab", USAGE, "KIND", "(see nlpfast vocab --help)"),
     *see("vocab", "syllables", "WordPiece"),
-    ("vocab --size 3 good.txt", USAGE, "KIND", "choose from 'wordpiece'"),
+    ("vocab --size 3 good.txt", USAGE, "KIND", "choose from 'wordpiece', 'bpe', 'encode', 'decode'"),
     ("align --gold gold", USAGE, "ACTION", "choose from 'score'"),
+    ("plot", USAGE, "ACTION", "(see nlpfast plot --help)"),
+    *see("plot", "attention", "Curves"),
+    ("plot --output x.png", USAGE, "ACTION", "choose from 'curves'"),
 ]
 
 LM = "train lm {}"
@@ -86,6 +91,9 @@ TRAIN_WORDS = [
     *see("train lm", "--grad-norm-clip off", "--warmup-tokens 5%", "--final-tokens all", "--seed 1.0"),
     *see("train lm", "--num-workers two", "--eval-every often", "--eval-batches all", "--eval-batch-size x"),
     *see("train lm", "--save-every x", "--log-every never", "--skip-nonfinite x", "--strategy"),
+    *see("train lm", "--warmup-steps few", "--plateau-patience much", "--early-stop=yes", "--average all"),
+    *see("train lm", "--optimizer"),
+    *each(LM, USAGE, "choose from 'adamw', 'adam', 'adamax', 'sgd'", "--optimizer lamb"),
     *each(LM, USAGE, "choose from 'cosine'", "--schedule linear", "--schedule Cosine"),
     *each(LM, USAGE, "choose from 'float32'", "--dtype int8", "--dtype fp16", "--dtype float64"),
     *each(LM, USAGE, "choose from 'shuffle'", "--sampling random"),
@@ -101,6 +109,12 @@ TRAIN_BOUNDS = [
     *each(LM, USAGE, "at least 1", "--final-tokens 0", "--eval-every 0", "--eval-batches 0"),
     *each(LM, USAGE, "at least 1", "--eval-batch-size 0", "--save-every 0", "--log-every 0"),
     *each(LM, USAGE, "at least 0", "--warmup-tokens -1", "--num-workers -1", "--skip-nonfinite -1"),
+    *each(LM, USAGE, "at least 0", "--warmup-steps -1", "--average -1"),
+    *each(LM, USAGE, "at least 1", "--plateau-patience 0", "--early-stop 0"),
+    *each(LM, USAGE, "or this", "--warmup-steps 5 --warmup-tokens 9", "--warmup-steps 5 --final-tokens 9"),
+    *each(LM, USAGE, "give warmup_steps", "--warmup-tokens 5 --schedule noam"),
+    *each(LM, USAGE, "leave it out", "--final-tokens 5 --schedule noam"),
+    *each(LM, USAGE, "give at least 1", "--warmup-tokens 0 --schedule inverse_sqrt"),
     *each(LM, USAGE, "at least 0", "--weight-decay -0.1", "--weight-decay inf"),
     *each(LM, USAGE, "at least 0 and at most 1", *(f"--dropout {x}" for x in (2, -0.1, "nan", "inf"))),
     *each(
@@ -396,6 +410,34 @@ VOCAB_DATA = [
     ("vocab wordpiece good.txt --output-dir new --size 30", DATA, "good.txt: ", "a higher min_frequency"),
     ("vocab wordpiece src --output-dir new --min-frequency 9", DATA, "min_frequency=9", "give more text"),
 ]
+PAIRS, ENCODE, DECODE = "vocab bpe {} --output-dir new", "vocab encode {}", "vocab decode {}"
+SUBWORDS = [
+    *see("vocab bpe", "--nothing", "--size", "--size many", "--min-frequency 1.5", "--output-dir"),
+    *see("vocab bpe", "--overwrite=yes", "--cased", "--dropout 0.1"),
+    ("vocab bpe good.txt", USAGE, "--output-dir None", "name a folder"),
+    *each("vocab bpe good.txt {}", USAGE, "name a folder", "--output-dir file", "--output-dir file/below"),
+    ("vocab bpe good.txt --output-dir .", USAGE, "has a sentencepiece.model", "add --overwrite"),
+    ("vocab bpe good.txt --output-dir pieces", USAGE, "has a tokenizer.json", "add --overwrite"),
+    *each("vocab bpe --output-dir new {}", USAGE, "at least 6 and at most 1e+06", "--size 5", "--size -1"),
+    *each("vocab bpe --output-dir new {}", USAGE, "at least 1 and below 9.2", "--min-frequency 0"),
+    *each(PAIRS, DATA, "check the path", "missing.txt", "dangling"),
+    *each(PAIRS, DATA, "give more text", "newline.txt", "none"),
+    *each(PAIRS, DATA, "convert", "bad.txt", "nul.txt"),
+    ("vocab bpe good.txt --output-dir new --size 19", DATA, "good.txt: ", "a higher min_frequency"),
+    ("vocab encode", USAGE, "DIR", "(see nlpfast vocab encode --help)"),
+    ("vocab decode", USAGE, "DIR", "(see nlpfast vocab decode --help)"),
+    ("vocab encode pieces src tgt", USAGE, "tgt", "(see nlpfast vocab encode --help)"),
+    ("vocab decode pieces src tgt", USAGE, "tgt", "(see nlpfast vocab decode --help)"),
+    ("vocab encode pieces --dropout 1", USAGE, "--dropout", "(see nlpfast vocab encode --help)"),
+    *each(ENCODE, DATA, "give a folder of `nlpfast vocab bpe`", "nothing", "missing", "whole"),
+    *each(DECODE, DATA, "give a folder of `nlpfast vocab bpe`", "nothing", "missing", "whole"),
+    *each("vocab encode pieces {}", DATA, "check the path", "missing.txt", "dangling"),
+    *each("vocab decode pieces {}", DATA, "check the path", "missing.txt", "dangling"),
+    *each("vocab encode pieces {}", DATA, "give a file with text", "empty.txt"),
+    *each("vocab decode pieces {}", DATA, "check its permissions", "unreadable.txt"),
+    ("vocab encode pieces bad.txt", DATA, "bad.txt:3: ", "convert"),
+    ("vocab decode pieces src", DATA, "src:1: 'a' is not a piece of pieces", "use the vocabulary that"),
+]
 
 TRAIN_BERT = "train bert {}"
 BERT_WORDS = [
@@ -408,6 +450,8 @@ BERT_WORDS = [
     *see("train bert", "--dtype int8", "--seed x", "--sampling x", "--num-workers x", "--eval-every x"),
     *see("train bert", "--eval-batches x", "--eval-batch-size x", "--save-every x", "--log-every x"),
     *see("train bert", "--skip-nonfinite x", "--strategy x", "--tensorboard=1"),
+    *see("train bert", "--warmup-steps x", "--plateau-patience x", "--early-stop x", "--average x"),
+    *see("train bert", "--optimizer x"),
     *each(TRAIN_BERT, USAGE, "at least 10 and at most 5000", "--biographies 9", "--biographies 5001"),
     *each(TRAIN_BERT, USAGE, "at least 8 and at most 512", "--max-length 7", "--max-length 513"),
     *each(TRAIN_BERT, USAGE, "at least 10", "--vocab-size 9"),
@@ -508,9 +552,119 @@ BENCH = [
     *each("bench {}", USAGE, "the name of a file or of a folder", "--output ''"),
 ]
 
+SCORES, CURVES = "score {} src", "plot curves {} --output new.png"
+SCORE_PLOT = [
+    ("score", USAGE, "HYP, REF", "(see nlpfast score --help)"),
+    ("score src", USAGE, "REF", "(see nlpfast score --help)"),
+    *see("score", "--metric", "--tokenize", "--lowercase=yes src tgt", "--low src tgt", "--json src tgt"),
+    *each("score src tgt {}", USAGE, "choose from 'bleu', 'chrf'", "--metric rouge", "--metric BLEU"),
+    ("score --metric bleu src tgt", USAGE, "src", "choose from 'bleu', 'chrf'"),
+    *each("score src tgt {}", USAGE, "choose from '13a'", "--tokenize flores200", "--tokenize 13"),
+    ("score src -", USAGE, "REF -", "name a file"),
+    ("score src tgt -", USAGE, "REF -", "name a file"),
+    *each(SCORES, DATA, "check the path", "missing", "dangling"),
+    *each(SCORES, DATA, "give a text file", ".", "nothing"),
+    *each(SCORES, DATA, "give a file with text", "empty.txt", "empty.gz"),
+    *each(SCORES, DATA, "convert", "latin", "zero-byte", "image.png", "utf16.txt"),
+    *each(SCORES, DATA, "compress it again", "cut.gz", "head.gz", "noise.gz"),
+    *each(SCORES, DATA, "check its permissions", "unreadable.txt", "loop"),
+    *each("score src {}", DATA, "find the line too many", "two"),
+    *each("score src tgt {}", DATA, "find the line too many", "hyp"),
+    *each("score src tgt {}", DATA, "check the path", "missing"),
+    ("plot curves", USAGE, "RUN, --output", "(see nlpfast plot curves --help)"),
+    ("plot curves run", USAGE, "--output", "(see nlpfast plot curves --help)"),
+    *each("plot curves run {}", USAGE, "(see nlpfast plot curves --help)", "--output"),
+    ("plot curves run --out x.png", USAGE, "--output", "(see nlpfast plot curves --help)"),
+    *each("plot curves run --output x.png {}", USAGE, "(see nlpfast plot curves --help)", "--nothing"),
+    *each("plot curves run {}", USAGE, "ends in .png", "--output new", "--output new.pdf", "--output ''"),
+    *each("plot curves run {}", USAGE, "create it first", "--output no/new.png", "--output file/new.png"),
+    ("plot curves run --output folder.png", USAGE, "folder.png", "name a file"),
+    *each(CURVES, DATA, "check the path", "missing", "dangling"),
+    *each(CURVES, DATA, "name the folder of a run", "nothing", "whole"),
+    *each(CURVES, DATA, "give a file with text", "empty.txt"),
+    *each(CURVES, DATA, "convert", "bad.txt", "nul.txt", "utf16.txt", "image.png"),
+    *each(CURVES, DATA, "check its permissions", "unreadable.txt", "loop"),
+    *each(CURVES, DATA, "correct the line or remove it", "good.txt", "newline.txt"),
+    *each(CURVES, DATA, "wait for the first record", "begun.jsonl", "file"),
+    ("plot curves damaged.jsonl --output new.png", DATA, "damaged.jsonl:2: ", "correct the line"),
+]
+
 TRAIN, GENERATION = [*TRAIN_WORDS, *TRAIN_BOUNDS, *TRAIN_DATA], [*GENERATE_WORDS, *GENERATE_DATA]
+TRAIN_TRANSLATION = "train translation {}"
+TRANSLATION_WORDS = [
+    *see(
+        "train translation", "--source", "--target", "--valid a", "--columns 1", "--columns a b", "--nothing"
+    ),
+    *see("train translation", "--output-dir", "--overwrite=yes", "--vocab", "--target-vocab", "--pairs many"),
+    *see("train translation", "--vocab-size x", "--separate=yes", "--bpe-dropout x", "--max-length x"),
+    *see("train translation", "--max-ratio x", "--max-tokens x", "--model cnn", "--encoder-layers x"),
+    *see("train translation", "--decoder-layers x", "--d-model x", "--heads x", "--d-ff x", "--norm batch"),
+    *see("train translation", "--activation tanh", "--positions rotary", "--tied some", "--embed-size x"),
+    *see("train translation", "--hidden-size x", "--attention concat", "--dropout x", "--criterion mse"),
+    *see("train translation", "--attention-dropout x", "--activation-dropout x", "--label-smoothing x"),
+    *see("train translation", "--alignments", "--alignment-level line", "--alignment-lambda x"),
+    *see("train translation", "--alignment-layer x", "--alignment-heads x", "--align-shift x"),
+    *see("train translation", "--full-context=yes", "--choose-by chance", "--eval-beam x"),
+    *see("train translation", "--eval-sentences x", "--resume", "--max-steps x", "--max-epochs x"),
+    *see("train translation", "--accumulation-steps x", "--learning-rate x", "--betas x 1"),
+    *see("train translation", "--weight-decay x", "--grad-norm-clip x", "--schedule fast", "--optimizer x"),
+    *see("train translation", "--warmup-tokens x", "--final-tokens x", "--warmup-steps x", "--average x"),
+    *see("train translation", "--plateau-patience x", "--early-stop x", "--dtype int8", "--device"),
+    *see("train translation", "--seed x", "--num-workers x", "--eval-every x", "--save-every x"),
+    *see("train translation", "--log-every x", "--skip-nonfinite x", "--tensorboard=1", "--batch-size 3"),
+    ("train translation a.txt b.txt c.txt", USAGE, "c.txt", "give two texts"),
+    *each(TRAIN_TRANSLATION, USAGE, "at least 100 and at most 100000", "--pairs 99"),
+    *each(TRAIN_TRANSLATION, USAGE, "each a whole number at least 1", "--columns 0 1"),
+    *each(TRAIN_TRANSLATION, USAGE, "at least 0", "--bpe-dropout 1"),
+    *each(TRAIN_TRANSLATION, USAGE, "give a multiple of --heads", "--d-model 30"),
+    *each(TRAIN_TRANSLATION, USAGE, "there are 4 heads", "--alignment-heads 5"),
+    ("train translation --decoder-layers 2 --alignment-layer 2", USAGE, "--alignment-layer", "from the last"),
+    *each(TRAIN_TRANSLATION, USAGE, "must hold a sentence", "--max-tokens 100"),
+    *each(TRAIN_TRANSLATION, USAGE, "without a source text", "--target good.txt", "--alignments good.txt"),
+    ("train translation --valid good.txt good.txt", USAGE, "--valid", "name that first"),
+    ("train translation --target-vocab pieces", USAGE, "--target-vocab", "without --vocab"),
+    ("train translation --vocab pieces --target-vocab pieces", USAGE, "--target-vocab", "--tied decoder"),
+    *each(TRAIN_TRANSLATION, USAGE, "--tied decoder", "--separate"),
+    ("train translation good.txt good.txt --criterion " + ALIGNED, USAGE, "--criterion", "add --alignments"),
+    ("train translation good.txt good.txt --alignments gold", USAGE, "--alignments", ALIGNED),
+    (f"train translation --bpe-dropout 0.1 --criterion {ALIGNED}", USAGE, "--bpe-dropout", "leave out"),
+    (f"train translation --model rnn --criterion {ALIGNED}", USAGE, "--criterion", "for the transformer"),
+    ("train translation --model rnn --tied decoder", USAGE, "--tied", "--embed-size"),
+    ("train translation good.txt --source good.txt", USAGE, "--source good.txt", "leave one out"),
+    *each(TRAIN_TRANSLATION, USAGE, "name a folder", "--output-dir file", "--output-dir file/below"),
+    *each(TRAIN_TRANSLATION, USAGE, "add --overwrite", "--output-dir run"),
+    ("train translation --resume run --output-dir other", USAGE, "--output-dir", "leave it out"),
+    ("train translation --resume nothing", DATA, "nothing", "name the folder"),
+    ("train translation missing.txt good.txt", DATA, "missing.txt", "check the path"),
+    ("train translation bad.txt good.txt", DATA, "bad.txt", "convert"),
+    ("train translation good.txt", DATA, "good.txt:1", "column"),
+    ("train translation --vocab nothing", DATA, "nothing", "vocab"),
+]
+TRANSLATE, EXTRACT = "translate nothing {}", "align extract run a b {}"
+TRANSLATE_WORDS = [
+    ("translate", USAGE, "RUN", "(see nlpfast translate --help)"),
+    *each(TRANSLATE, USAGE, "(see nlpfast translate --help)", "--beam", "--beam x", "--n-best x"),
+    *each(TRANSLATE, USAGE, "(see nlpfast translate --help)", "--scores=yes", "--length-penalty x"),
+    *each(TRANSLATE, USAGE, "(see nlpfast translate --help)", "--alpha x", "--max-len-a x", "--max-len-b x"),
+    *each(TRANSLATE, USAGE, "(see nlpfast translate --help)", "--min-length x", "--no-repeat-ngram x"),
+    *each(TRANSLATE, USAGE, "(see nlpfast translate --help)", "--print-alignment x", "--device", "--dtype x"),
+    ("translate nothing good.txt more", USAGE, "more", "(see nlpfast translate --help)"),
+    *each(TRANSLATE, USAGE, "at least 1 and at most 1000", "--beam 0", "--beam 1001", "--max-len-b 0"),
+    *each(TRANSLATE, USAGE, "give at most --beam, which is 5", "--n-best 6"),
+    *each(TRANSLATE, USAGE, "at least 0", "--alpha -1", "--max-len-a -1", "--min-length -1"),
+    *each(TRANSLATE, USAGE, "give one of auto, cpu, cuda", "--device tpu"),
+    ("translate nothing good.txt", 1, "nothing", "name the folder of a run"),
+    ("translate run good.txt", DATA, "run", "name the folder of a run"),
+    ("align extract", USAGE, "RUN", "(see nlpfast align extract --help)"),
+    ("align extract nothing good.txt", USAGE, "TGT", "(see nlpfast align extract --help)"),
+    *each(EXTRACT, USAGE, "(see nlpfast align extract --help)", "--layer x", "--heads x", "--device"),
+    *each(EXTRACT, USAGE, "(see nlpfast align extract --help)", "--subwords=yes"),
+    ("align extract nothing good.txt good.txt", 1, "nothing", "name the folder of a run"),
+]
+
 BAD = [*VERBS, *TRAIN, *GENERATION, *BIRTHPLACES_WORDS, *BIRTHPLACES_DATA, *ALIGN_WORDS, *ALIGN_DATA, *BENCH]
-BAD += [*VOCAB_WORDS, *VOCAB_DATA, *BERT_WORDS, *SENTENCES_WORDS]
+BAD += [*VOCAB_WORDS, *VOCAB_DATA, *SUBWORDS, *BERT_WORDS, *SENTENCES_WORDS, *SCORE_PLOT]
+BAD += [*TRANSLATION_WORDS, *TRANSLATE_WORDS]
 
 
 PACKED = gzip.compress(bytes(range(32, 127)) * 300, mtime=0)
@@ -531,6 +685,7 @@ TEXTS = {
     "unreadable.txt": b"nobody may read this\n",
     "file": b"mine",
     "vocab.txt": b"mine",
+    "sentencepiece.model": b"mine",
     "src": b"a b c\n\nb a\n",
     "tgt": b"A B C\nX\nB A\n",
     "two": b"A B C\nX\n",
@@ -562,6 +717,8 @@ TEXTS = {
     "latin": b"0-0\n\xe9\n",
     "zero": b"1-1\n2-2 0-1\n",
     "zero-byte": b"0-0\0\n",
+    "begun.jsonl": b'{"step": 0, "data": {}}\n{"step": 1, "lo',
+    "damaged.jsonl": b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n{"step": 3, "loss": 2.0}\n',
 }
 
 
@@ -668,8 +825,10 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[in
     Path("dangling").symlink_to("nowhere")
     Path("loop").symlink_to("loop")
     Path("nothing").mkdir()
+    Path("folder.png").mkdir()
     write_checkpoints()
     write_parameter_files()
+    Subwords.train(["the quick brown fox"] * 9, 40).save("pieces")
     yield entries()
     os.chdir(before)
 

@@ -45,6 +45,17 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"C": 64, "LAYERS": 1, "V": 50, "LENGTHS": (3, 7)}.items():
         monkeypatch.setattr(bert, name, size)
     monkeypatch.setattr(bert, "CASES", (bert.Case(torch.float32, goal=1e9),))
+    translation = bench.benchmark_module("bench_translation")
+    for name, size in {
+        "C": 16,
+        "H": 2,
+        "D_FF": 16,
+        "LAYERS": 1,
+        "V": 50,
+        "LENGTHS": ((3, 7), (5, 2)),
+    }.items():
+        monkeypatch.setattr(translation, name, size)
+    monkeypatch.setattr(translation, "CASES", (translation.Training(torch.float32, goal=1e9),))
 
 
 @pytest.mark.parametrize("argv", [["bench"], ["bench", "attention", "--quick"], ["bench", "--threads", "1"]])
@@ -157,8 +168,8 @@ def test_every_op_can_be_measured() -> None:
 
 def test_a_gpu_is_given_what_has_cases_for_one() -> None:
     assert bench._names(None, "cuda:0", None) == OPS
-    assert bench._names(None, "cpu", None) == [*bench.ops(), "modules", "training", "bert"]
+    assert bench._names(None, "cpu", None) == [*bench.ops(), "modules", "training", "bert", "translation"]
     assert bench._names(None, "cpu", "reference") == bench.ops()
-    for name in ("modules", "training", "bert"):
+    for name in ("modules", "training", "bert", "translation"):
         with pytest.raises(UsageError, match=f"{name} is not measured with this --device or --backend"):
             bench._names(name, "cuda:0", None)

@@ -1,4 +1,4 @@
-"""`nlpfast vocab`: the vocabulary's figures on stdout, its files, what is refused before any work."""
+"""`nlpfast vocab wordpiece`: figures on stdout, files, what is refused before any work."""
 
 import gzip
 import os

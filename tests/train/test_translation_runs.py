@@ -1,0 +1,379 @@
+"""Training of translation models: what a run leaves, exact resumption, alignments, files of one's own."""
+
+import dataclasses
+import gzip
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nlpfast.data.invented_languages import invented_pairs
+from nlpfast.data.lines import DataError
+from nlpfast.data.subwords import Subwords
+from nlpfast.metrics import corpus_scores
+from nlpfast.models.translator import Translator, load_model
+from nlpfast.stop import Terminated
+from nlpfast.train import translation
+from nlpfast.train.config import ConfigError
+from nlpfast.train.translation import train_translation
+from nlpfast.train.translation_data import read_translation_data, write_invented_pairs
+from nlpfast.train.translation_options import ALIGNED, TranslationConfig, TranslationOptions
+
+SMALL = {
+    **{"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "d_ff": 64, "heads": 2},
+    **{"embed_size": 24, "hidden_size": 32, "max_tokens": 300, "max_length": 64, "vocab_size": 300},
+    **{"pairs": 100, "eval_sentences": 20},
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, str]:
+    return {name: str(path) for name, path in write_invented_pairs(tmp_path / "text", 100, 0).items()}
+
+
+def options(**given) -> TranslationOptions:
+    return TranslationOptions(**{**SMALL, "output_dir": "run", **given})
+
+
+def settings(**given) -> TranslationConfig:
+    return TranslationConfig(**{"max_steps": 4, "eval_every": 2, "device": "cpu", "warmup_steps": 2, **given})
+
+
+def train(given: TranslationOptions, config: TranslationConfig | None = None, **more):
+    return train_translation(given, config or settings(), quiet=True, **more)
+
+
+def records(folder: str = "run") -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return load_model(folder).state_dict()
+
+
+def same(one: str, other: str) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("model", ["transformer", "rnn"])
+def test_a_run_and_what_is_left_of_it(model, capsys):
+    run = train_translation(options(model=model), settings())
+    names = sorted(path.name for path in Path("run").iterdir())
+    assert names == ["best", "data", "last", "last.previous", "log.jsonl", "model", "vocab"]
+    assert run.folder == Path("run/model") and run.state.step == 4
+    last = records()[-1]
+    assert run.figures.items() <= last.items()
+    assert last["ppl"] == pytest.approx(math.exp(last["val_loss"])) and last["score"] == last["bleu"]
+    err = capsys.readouterr().err
+    assert (
+        "train.source: 100 lines read, 100 used" in err and f"{model} of {run.parameters:,} parameters" in err
+    )
+    translator = Translator.from_folder("run")
+    assert len(translator.translate(["mit lu", ""], beam=2)) == 2
+    assert same("run/model", "run/best")
+
+
+@pytest.mark.parametrize("model", ["transformer", "rnn"])
+def test_figures_are_those_of_the_validation_text(model, files):
+    run = train(options(model=model, label_smoothing=0.3, dropout=0.4, choose_by="loss"))
+    lines = [Path("run/data/valid.source"), Path("run/data/valid.target")]
+    source, target = (path.read_text().splitlines() for path in lines)
+    translator = Translator.from_folder("run/last")
+    # the last model, one sentence after the other, by all logits
+    nll = count = 0
+    for s, t in zip(source, target, strict=True):
+        s, t = translator.source.encode(s), translator.target.encode(t)
+        state = translator.model.begin(torch.tensor([[*s, 2]]), torch.tensor([len(s) + 1]), 1)
+        for token, following in zip([1, *t], [*t, 2], strict=True):
+            logits = translator.model.advance(torch.tensor([[token]]), state)[0, 0]
+            nll += float(F.cross_entropy(logits, torch.tensor(following)))
+            count += 1
+    assert run.figures["val_loss"] == pytest.approx(nll / count, rel=1e-4)
+    assert run.figures["score"] == -run.figures["val_loss"]
+    found = translator.translate(source[:20], beam=1)
+    [(_, bleu, _)] = corpus_scores([best[0].text for best in found], [target[:20]], ("bleu",))
+    assert run.figures["bleu"] == pytest.approx(bleu)
+
+
+@pytest.mark.parametrize(
+    ("given", "config"),
+    [
+        ({"model": "rnn"}, {}),
+        ({"criterion": ALIGNED, "full_context": True}, {"accumulation_steps": 2, "average": 2}),
+        ({"bpe_dropout": 0.1}, {"dtype": "bfloat16", "optimizer": "adam", "schedule": "inverse_sqrt"}),
+    ],
+)
+def test_runs_can_be_repeated_and_resumed_to_the_bit(given, config, monkeypatch):
+    whole = train(options(output_dir="whole", **given), settings(**config))
+    train(options(output_dir="again", **given), settings(**config))
+    calls = []
+    loss = translation.TranslationLoss.__call__
+
+    def stop(self, model, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(translation.TranslationLoss, "__call__", stop)
+    with pytest.raises(Terminated):
+        train(options(output_dir="parts", **given), settings(**config))
+    assert not Path("parts/model").exists() and Translator.from_folder("parts").model
+    parts = train(options(output_dir="parts", **given), settings(**config), resume="parts")
+    assert parts.state.step == 4
+    assert parts.figures == whole.figures
+    for other in ("again", "parts"):
+        assert same(f"{other}/last", "whole/last") and same(f"{other}/model", "whole/model")
+
+
+def test_another_text_or_vocabulary_is_not_that_of_the_run(files):
+    given = {"source": files["train.source"], "target": files["train.target"]}
+    train(options(**given), settings(max_steps=2))
+    Path(files["train.target"]).write_text(Path(files["train.target"]).read_text().replace("a", "o"))
+    with pytest.raises(DataError, match="not the text that the run was trained on"):
+        train(options(**given), settings(max_steps=4), resume="run")
+
+
+def test_alignments_supervise_the_head_that_is_asked_for(files):
+    """The loss of the alignments falls where they are learned, and hardly elsewhere."""
+    given = {
+        **{
+            "source": files["train.source"],
+            "target": files["train.target"],
+            "decoder_layers": 2,
+            "dropout": 0.0,
+        },
+        **{"valid": (files["valid.source"], files["valid.target"]), "alignments": files["train.align"]},
+    }
+    config = settings(max_steps=120, learning_rate=1e-2, eval_every=120)
+    aligned = {"criterion": ALIGNED, "alignment_lambda": 1.0, "alignment_layer": 1}
+    train(options(**given, **aligned), config)
+    train(options(**{**given, "alignments": None}, output_dir="plain"), config)
+    source = Path(files["train.source"]).read_text().splitlines()
+    target = Path(files["train.target"]).read_text().splitlines()
+    gold = [
+        {tuple(map(int, link.split("-"))) for link in line.split()}
+        for line in Path(files["train.align"]).read_text().splitlines()
+    ]
+
+    def right(folder: str, **heads) -> float:
+        translator = Translator.from_folder(folder)
+        tokens = translator.source.encode_batch(source), translator.target.encode_batch(target)
+        links = [translator.word_links(alignment) for alignment in translator.align(*tokens, **heads)]
+        both = sum(len(found & links) for found, links in zip(links, gold, strict=True))
+        return both / sum(map(len, links))
+
+    assert right("run") > 0.55
+    assert right("run", layer=0) < 0.45 and right("plain", layer=1) < 0.45
+
+
+def test_links_between_words_and_between_subwords_are_the_same(files):
+    words = read_translation_data(
+        options(
+            **{"source": files["train.source"], "target": files["train.target"]},
+            **{"alignments": files["train.align"], "criterion": ALIGNED},
+        ),
+        0,
+    )
+    lines = []
+    for number in range(len(words.train)):
+        batch = words.train[number]
+        for row in range(batch.sentences):
+            begins = batch.target_cu[row], batch.source_cu[row]
+            ends = batch.target_cu[row + 1], batch.source_cu[row + 1]
+            inside = (batch.pairs[:, 1] >= begins[0]) & (batch.pairs[:, 1] < ends[0])
+            links = [(int(s - begins[1]), int(t - begins[0])) for _, t, s in batch.pairs[inside]]
+            lines.append((int(words.train.rows(number)[row]), " ".join(f"{s}-{t}" for s, t in sorted(links))))
+    text = [line for _, line in sorted(lines)]
+    # the last twentieth is kept to evaluate on, and needs lines too
+    Path("subwords").write_text("\n".join([*text, *[""] * 5]) + "\n")
+    subwords = read_translation_data(
+        options(
+            **{"source": files["train.source"], "target": files["train.target"]},
+            **{"alignments": "subwords", "alignment_level": "subword", "criterion": ALIGNED},
+        ),
+        0,
+    )
+    for number in range(len(words.train)):
+        pairs = [data.train[number].pairs.tolist() for data in (words, subwords)]
+        assert sorted(pairs[0]) == sorted(pairs[1])
+
+
+def test_a_tsv_file_and_its_columns(files):
+    source, target = (Path(files[f"train.{side}"]).read_text().splitlines() for side in ("source", "target"))
+    rows = [f"{i}\t{t}\t{s}" for i, (s, t) in enumerate(zip(source, target, strict=True))]
+    with gzip.open("both.tsv.gz", "wt") as file:
+        file.write("\n".join(rows) + "\n")
+    data = read_translation_data(options(source="both.tsv.gz", columns=(3, 2)), 0)
+    two = read_translation_data(options(source=files["train.source"], target=files["train.target"]), 0)
+    assert data.sentences.source == two.sentences.source == source[95:]
+    assert data.sentences.target == two.sentences.target == target[95:]
+    assert all(torch.equal(data.train[0][i], two.train[0][i]) for i in (0, 3, 4))
+    report = data.facts["data"]["train"]
+    assert report["read"] == 100 and report["used"] == 95
+    assert report["skipped"] == {
+        "kept to evaluate on": {"count": 5, "first": [f"both.tsv.gz:{n}" for n in (96, 97, 98)]}
+    }
+
+
+def test_vocabularies_joint_and_separate(files):
+    text = {"source": files["train.source"], "target": files["train.target"]}
+    joint = read_translation_data(options(**text), 0)
+    assert joint.source is joint.target
+    pairs = invented_pairs(100)
+    made = Subwords.train([*pairs.source[:95], *pairs.target[:95]], 300)
+    assert joint.source.tokens == made.tokens
+    apart = read_translation_data(options(**text, separate=True, tied="decoder"), 0)
+    assert apart.source.tokens == Subwords.train(pairs.source[:95], 300).tokens
+    assert apart.target.tokens == Subwords.train(pairs.target[:95], 300).tokens
+    apart.source.save("one")
+    apart.target.save("two")
+    run = train(options(**text, vocab="one", target_vocab="two", tied="none"), settings(max_steps=1))
+    read = Translator.from_folder(run.folder)
+    assert read.source.tokens == apart.source.tokens and read.target.tokens == apart.target.tokens
+    named = read_translation_data(options(**text, vocab="one"), 0)
+    assert named.source is named.target and named.source.tokens == apart.source.tokens
+
+
+def test_dropout_of_subwords_draws_anew_in_every_epoch(files):
+    text = {"source": files["train.source"], "target": files["train.target"]}
+    data = read_translation_data(options(**text, bpe_dropout=0.3), 0).train
+    plain = read_translation_data(options(**text), 0).train
+    first = data[0].source.tolist()
+    assert first == data[0].source.tolist() != plain[0].source.tolist()
+    data.epoch = 1
+    assert data[0].source.tolist() != first
+    other = read_translation_data(options(**text, bpe_dropout=0.3), 1).train
+    vocabulary = read_translation_data(options(**text), 0).source
+    words = lambda dataset: sorted(vocabulary.decode(dataset[i].source.tolist()) for i in range(len(dataset)))  # noqa: E731
+    assert len(words(data)) == len(words(other))
+
+
+def test_the_best_model_is_kept_unless_an_average_is_asked_for(monkeypatch):
+    scores = iter((3.0, 2.0, 3.0, 2.0))
+    monkeypatch.setattr(translation._Validation, "__call__", lambda *_: {"score": next(scores)})
+    train(options())
+    assert same("run/model", "run/best") and not same("run/model", "run/last")
+    train(options(output_dir="mean"), settings(average=2))
+    kept = weights("mean/best"), weights("mean/last")
+    for name, tensor in weights("mean/model").items():
+        torch.testing.assert_close(tensor, (kept[0][name] + kept[1][name]) / 2)
+
+
+def test_defaults_follow_from_the_data():
+    data = read_translation_data(options(), 0)
+    config = TranslationConfig(max_epochs=2, device="cpu")
+    run = train(options(), config)
+    steps = [record["step"] for record in records() if "val_loss" in record]
+    assert steps == [len(data.train), 2 * len(data.train)] and run.state.step == 2 * len(data.train)
+    assert TranslationConfig().max_epochs == 10 and TranslationConfig().warmup_steps == 400
+    assert TranslationConfig(schedule="noam").warmup_steps is None
+    assert TranslationConfig(warmup_tokens=5, final_tokens=9).warmup_steps is None
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"source": "missing"}, DataError, "missing"),
+        ({"source": "one", "target": "two"}, DataError, "one has 2 lines, two has 3"),
+        ({"source": "two"}, DataError, "two:1"),
+        ({"source": "one", "target": "one", "vocab": "nothing"}, DataError, "nothing"),
+        (
+            {"source": "one", "target": "one", "alignments": "bad", "criterion": ALIGNED},
+            DataError,
+            "bad:1",
+        ),
+        ({"source": "single", "target": "single"}, DataError, "name --valid files"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(given, error, message):
+    Path("one").write_text("a b\nc d\n")
+    Path("two").write_text("a\nb\nc\n")
+    Path("single").write_text("a b\n")
+    Path("bad").write_text("0-0 1--1\n\n")
+    with pytest.raises(error, match=message):
+        train(options(**given))
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "argument"),
+    [
+        ({"target": "b"}, "target"),
+        ({"valid": ("a", "b")}, "valid"),
+        ({"alignments": "a"}, "alignments"),
+        ({"source": "a", "criterion": ALIGNED}, "criterion"),
+        ({"source": "a", "alignments": "b"}, "alignments"),
+        ({"bpe_dropout": 0.1, "criterion": ALIGNED}, "bpe_dropout"),
+        ({"bpe_dropout": 1.0}, "bpe_dropout"),
+        ({"max_tokens": 63}, "max_tokens"),
+        ({"target_vocab": "a"}, "target_vocab"),
+        ({"target_vocab": "a", "vocab": "b"}, "target_vocab"),
+        ({"separate": True}, "separate"),
+        ({"separate": True, "tied": "none", "vocab": "a"}, "separate"),
+        ({"model": "rnn", "criterion": ALIGNED}, "criterion"),
+        ({"model": "rnn", "tied": "decoder"}, "tied"),
+        ({"heads": 3}, "d_model"),
+        ({"alignment_heads": 3}, "alignment_heads"),
+        ({"alignment_layer": 1}, "alignment_layer"),
+        ({"alignment_layer": -2}, "alignment_layer"),
+        ({"output_dir": ""}, "output_dir"),
+        ({"vocab": ""}, "vocab"),
+        ({"columns": (0, 1)}, "columns"),
+        ({"valid": ("a",), "source": "a"}, "valid"),
+    ],
+)
+def test_wrong_options(given, argument):
+    with pytest.raises(ConfigError) as caught:
+        options(**given)
+    assert caught.value.argument == argument
+
+
+def test_options_that_go_together():
+    options(model="rnn", separate=True)
+    options(separate=True, tied="decoder")
+    options(alignment_layer=-1, alignment_heads=2)
+    options(model="rnn", tied="decoder", embed_size=32)
+
+
+def test_whole_models_are_needed():
+    with pytest.raises(ConfigError, match="use ddp"):
+        train(options(), settings(strategy="fsdp"))
+
+
+def test_invented_pairs_are_written_in_parts(tmp_path):
+    paths = write_invented_pairs(tmp_path / "text", 100, 3)
+    pairs = invented_pairs(800, 3)
+    for part, begin, end in (("train", 0, 100), ("valid", 100, 300), ("test", 300, 800)):
+        assert paths[f"{part}.source"].read_text().splitlines() == pairs.source[begin:end]
+        assert paths[f"{part}.target"].read_text().splitlines() == pairs.target[begin:end]
+        lines = paths[f"{part}.align"].read_text().splitlines()
+        assert [{tuple(map(int, link.split("-"))) for link in line.split()} for line in lines] == (
+            pairs.links[begin:end]
+        )
+
+
+def test_every_field_but_the_text_is_part_of_the_model():
+    """What a run is resumed with must not change its model."""
+    changeable = {
+        "source",
+        "target",
+        "columns",
+        "valid",
+        "output_dir",
+        "overwrite",
+        "eval_beam",
+        "eval_sentences",
+    }
+    found = {field.name for field in dataclasses.fields(TranslationOptions) if not field.metadata["fixed"]}
+    assert found == changeable
