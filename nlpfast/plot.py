@@ -94,8 +94,9 @@ def attention(
     """
     array = _array(probabilities)
     heads = array[None] if array.ndim == 2 else array
-    shape = (len(heads) if heads.ndim == 3 else 1, len(target_words), len(source_words))
-    tables = list(_probabilities(heads, shape, "[heads, {1}, {2}], heads by target words by source words"))
+    shape = (len(target_words), len(source_words))
+    expected = f"[heads, {shape[0]}, {shape[1]}], heads by target words by source words"
+    tables = list(_probabilities(heads, (*heads.shape[:1], *shape), expected))
     if not tables:
         raise ValueError("probabilities have no heads; give those of one at least")
     names = [f"head {head}" for head in range(len(tables))] if titles is None else list(titles)
@@ -203,8 +204,7 @@ def _array(given: Any) -> Any:
 def _probabilities(array: NDArray[np.floating], shape: tuple[int, ...], expected: str) -> NDArray[np.float64]:
     """Return probabilities, checked; `expected` describes the shape."""
     if array.shape != shape:
-        rule = expected.format(*shape)
-        raise ValueError(f"probabilities have shape {list(array.shape)}, expected {rule}")
+        raise ValueError(f"probabilities have shape {list(array.shape)}, expected {expected}")
     # rounding may take a probability beyond 1
     if not (np.all(array >= 0) and np.all(array <= 1 + 1e-3)):
         raise ValueError(f"probabilities are {array.min()} to {array.max()}, expected 0 to 1")
@@ -217,7 +217,8 @@ def _table(
     """Return [T, S], checked."""
     array = _array(given)
     if isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.floating):
-        return _probabilities(array, (targets, sources), "[{0}, {1}], target words by source words")
+        expected = f"[{targets}, {sources}], target words by source words"
+        return _probabilities(array, (targets, sources), expected)
     table = np.zeros((targets, sources))
     for s, t in array.tolist() if isinstance(array, np.ndarray) else array:
         if not (0 <= s < sources and 0 <= t < targets):

@@ -105,6 +105,15 @@ def test_a_search_ends_when_nothing_can_be_better(stop):
     assert [call[0] for call in model.seen].count("advance") == 3
 
 
+def test_what_finished_in_earlier_steps_counts_among_the_best():
+    # .55 finished in step 1 and .45 * .5 in step 2, when .45 * .3 was left
+    table = {(): {EOS: 0.55, A: 0.45}, (A,): {EOS: 0.5, A: 0.3, B: 0.2}}
+    model = Tree(vocabulary=5, probabilities=table)
+    found = search(model, beam=2, n_best=2, length_penalty="none", stop="exact")[0]
+    assert [h.tokens for h in found] == [[], [A]]
+    assert [call[0] for call in model.seen].count("advance") == 2
+
+
 @pytest.mark.parametrize(("longest", "steps", "best"), [(2, 2, [A]), (3, 4, [B, B, B]), (20, 4, [B, B, B])])
 @pytest.mark.parametrize("stop", ["beam", "exact"])
 def test_the_longest_length_bounds_what_can_still_come(longest, steps, best, stop):
@@ -152,6 +161,12 @@ def may_follow(text, token, *, limit, min_length, ngram, prefix):
 def by_lists(model, source, *, beam, n_best, penalty, alpha, stop, limit, **rules):
     """Beam search of one sentence with lists, and without any of the ways that make it fast."""
     going_on, finished = [((), 0.0)], []
+
+    def ends_of_itself(text):
+        log_probs = model.log_probs(source, text)
+        free = [token for token in range(len(log_probs)) if may_follow(text, token, limit=limit + 1, **rules)]
+        return len(text) < limit or max(free, key=lambda token: log_probs[token]) == EOS
+
     for step in range(limit + 1):
         candidates = []
         for text, log_prob in going_on:
@@ -161,7 +176,8 @@ def by_lists(model, source, *, beam, n_best, penalty, alpha, stop, limit, **rule
         candidates = sorted(candidates, key=lambda candidate: -candidate[0])[: 2 * beam]
         for log_prob, text, token in candidates[:beam]:
             if token == EOS:
-                finished.append((log_prob / divisor(step + 1, penalty, alpha), list(text), log_prob))
+                score = log_prob / divisor(step + 1, penalty, alpha)
+                finished.append((score, list(text), log_prob, ends_of_itself(text)))
         going_on = [((*text, token), lp) for lp, text, token in candidates if token != EOS][:beam]
         if stop == "beam" and len(finished) >= beam:
             break
@@ -216,7 +232,8 @@ def test_seven_sentences_at_once_are_searched_as_each_alone(rules, seed):
             limit=math.floor(rules["max_len_a"] * n) + rules["max_len_b"],
             prefix=[token for token in prefix[row].tolist() if token != PAD],
         )
-        same(found[row], expected)
+        same(found[row], [entry[:3] for entry in expected])
+        assert [h.finished for h in found[row]] == [entry[3] for entry in expected]
         options["prefix"] = prefix[row : row + 1]
         alone = beam_search(model, source[row : row + 1, :n], lengths[row : row + 1], **options)
         assert alone == [found[row]]

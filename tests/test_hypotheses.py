@@ -142,3 +142,7 @@ def test_nothing_is_copied_where_nothing_must_follow():
         copied.append(candidates is not log_probs)
     # within the prefix, and from the first limit on
     assert copied == [True, True, False, False, False, True, True, True, True, True]
+    constraints.keep(torch.tensor([1]))
+    log_probs, history = log_probs[1:], history[1:]
+    found = [constraints.apply(log_probs, history[:, :, :n])[1] is log_probs for n in (5, 8, 9)]
+    assert found == [True, True, False]

@@ -137,6 +137,7 @@ def test_attention_with_titles(matplotlib):
             r"shape \[5, 3, 4\], expected \[heads, 4, 3\], heads by target words by source words",
         ),
         (HEADS[0, 0], None, r"shape \[3\], expected"),
+        (HEADS[0, 0, 0], None, r"shape \[\], expected"),
         (HEADS[None], None, r"shape \[1, 5, 4, 3\], expected"),
         (HEADS * 3, None, "expected 0 to 1"),
         (HEADS[:0], None, "have no heads"),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 __all__ = ["TransformerState"]
 
-# places for tokens that a state begins with
-ROOM = 16
+# places for tokens that come at a time
+ROOM = 8
 
 
 class TransformerState:
@@ -48,9 +48,9 @@ class TransformerState:
 
     def make_room(self) -> None:
         """Have a place for one token more; what `own` gave is out of date then."""
-        room = self._own.shape[3]
-        if self.position == room:
-            self._own = torch.cat((self._own, torch.empty_like(self._own)), dim=3)
+        if self.position == self._own.shape[3]:
+            more = torch.empty_like(self._own[:, :, :, :ROOM])
+            self._own = torch.cat((self._own, more), dim=3)
 
     def reorder(self, beams: Tensor) -> None:
         """Have each hypothesis go on from what another of its sentence was.
@@ -76,9 +76,5 @@ class TransformerState:
         self._select((sentences[:, None] * self.beam + beams).flatten())
 
     def _select(self, rows: Tensor) -> None:
-        room, seen = self._own.shape[3], self._own[:, :, :, : self.position]
-        shape = (len(seen), len(rows), seen.shape[2], room, seen.shape[4])
-        # what has no token yet is not copied
-        own = self._own.new_empty(shape)
-        own[:, :, :, : self.position] = seen[:, rows]
-        self._own = own
+        # in one copy, with the few places that have no token yet
+        self._own = self._own.index_select(1, rows)

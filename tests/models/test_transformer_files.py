@@ -7,6 +7,7 @@ import pytest
 import torch
 from plain_transformer import C, V, batch, ours, packed, sizes
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from nlpfast.models.transformer import Transformer, TransformerConfig
 from nlpfast.models.transformer_config import MODEL_TYPE
@@ -51,6 +52,28 @@ def test_tied_weights_remain_tied(tmp_path, tied):
     assert (source is target) == (tied == "all") and (target is output) == (tied != "none")
     assert not torch.equal(output, before)
     assert torch.equal(source, target) == (tied == "all") and torch.equal(target, output) == (tied != "none")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_state_dict_names_a_weight_once(kind):
+    # of another model, within a module, with other weights
+    model, other = nn.Sequential(ours(**kind)), nn.Sequential(ours(**kind))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    state = model.state_dict()
+    assert len({weight.data_ptr() for weight in state.values()}) == len(state)
+    assert ("0.target.tokens.weight" in state) == (model[0].config.tied != "all")
+    assert len(state) == len(list(model.parameters()))
+    names = set(state)
+    other.load_state_dict(state)
+    assert set(state) == names
+    assert torch.equal(other[0].logits(*batch()), model[0].logits(*batch()))
+    # a state dict that has both names, as modules without hooks write them, is read too
+    other.load_state_dict({**state, "0.target.tokens.weight": model[0].target.tokens.weight})
+    del state["0.source.tokens.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.source\.tokens\.weight"):
+        other.load_state_dict(state)
 
 
 def test_weights_that_are_given_are_written(tmp_path):

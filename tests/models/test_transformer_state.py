@@ -124,7 +124,7 @@ def test_room_grows_as_it_is_needed():
         keys, values = state.own(3)
         assert keys.shape == values.shape and keys.shape[:2] == (B * 3, model.config.heads)
         rooms.append(keys.shape[2])
-    assert rooms == [ROOM] * ROOM + [2 * ROOM] * ROOM + [4 * ROOM]
+    assert rooms == [ROOM] * ROOM + [2 * ROOM] * ROOM + [3 * ROOM]
 
 
 @torch.no_grad()
