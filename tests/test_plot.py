@@ -122,6 +122,14 @@ def test_attention_of_one_head_has_no_mean(matplotlib):
         assert visible(figure.axes[0]) == (True, True)
 
 
+def test_attention_has_room_for_the_longer_side(matplotlib):
+    words = [str(number) for number in range(30)]
+    for source, target in ((words, TARGET), (TARGET, words)):
+        figure = plot.attention(np.zeros((5, len(target), len(source))), source, target)
+        width, height = figure.get_size_inches()
+        assert (width > 2 * height) == (source is words) and (height > 2 * width) == (target is words)
+
+
 def test_attention_with_titles(matplotlib):
     figure = plot.attention(HEADS[:2], SOURCE, TARGET, titles=["$x$", "left"])
     assert [axes.get_title() for axes in figure.axes] == ["$x$", "left", "mean"]

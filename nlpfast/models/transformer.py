@@ -54,6 +54,9 @@ class Transformer(TransformerPretrained):
     def __init__(self, config: TransformerConfig) -> None:
         """Build the model with initial weights: Glorot's of linear layers, embeddings N(0, 1 / C).
 
+        Those that make queries, keys and values are drawn as if they were one layer, as in
+        ``torch.nn.MultiheadAttention``.
+
         Args:
             config: the sizes.
         """
@@ -77,6 +80,11 @@ class Transformer(TransformerPretrained):
                 nn.init.normal_(module.weight, std=config.d_model**-0.5)
                 if module.padding_idx is not None:
                     nn.init.zeros_(module.weight[module.padding_idx].detach())
+        bound = (6 / (4 * config.d_model)) ** 0.5
+        for layer in self.decoder:
+            attention = cast(DecoderLayer, layer).cross_attention
+            for projection in (attention.query_proj, attention.key_value_proj):
+                nn.init.uniform_(projection.weight, -bound, bound)
 
     @property
     def output_weight(self) -> Tensor:
@@ -193,6 +201,9 @@ class Transformer(TransformerPretrained):
             return decoded
         if target_out is None:
             raise ValueError("criterion is given without target_out: pass what target_in predicts")
+        if pairs is not None and criterion.align_shift != self.config.align_shift:
+            both = f"the criterion's is {criterion.align_shift}, the model's {self.config.align_shift}"
+            raise ValueError(f"align_shift differs: {both}; give both the same")
         supervision: dict[str, Any] = {}
         if pairs is not None and decoded.attended is not None:
             heads = self.config.alignment_heads

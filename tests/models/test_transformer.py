@@ -121,7 +121,8 @@ def test_initial_weights():
         elif name.endswith("bias"):
             assert not parameter.any()
         elif "tokens" not in name:
-            bound = math.sqrt(6 / sum(parameter.shape))
+            attends = "query_proj" in name or "key_value_proj" in name
+            bound = math.sqrt(6 / (4 * 256 if attends else sum(parameter.shape)))
             assert 0.99 * bound < parameter.abs().max().item() <= bound
 
 

@@ -245,3 +245,13 @@ def test_dropout_leaves_the_probabilities_alone():
     assert torch.equal(model.soft_alignment(*sides), want)
     model.target.dropout.p = 0.5
     assert not torch.equal(model.soft_alignment(*sides), want)
+
+
+def test_both_must_take_the_same_step():
+    model, sides = ours(align_shift=1), batch()
+    packed = Packing.of_lengths(sides[1]), Packing.of_lengths(sides[3])
+    rows = [x[:, : p.longest][p.within()] for x, p in zip((sides[0], sides[2]), packed, strict=True)]
+    criterion = LabelSmoothedCrossEntropyWithAlignment(align_shift=0)
+    with pytest.raises(ValueError, match="align_shift differs: the criterion's is 0, the model's 1"):
+        model(*rows, *packed, criterion=criterion, target_out=rows[1], pairs=torch.tensor([[0, 0, 0]]))
+    model(*rows, *packed, criterion=criterion, target_out=rows[1])

@@ -149,6 +149,8 @@ def test_weights_are_those_of_fairseq() -> None:
     links = torch.tensor([[5, 7], [2, 3], [1, 3], [4, 2]])
     pairs = torch.stack((torch.zeros(4).long(), links[:, 1], links[:, 0]), 1)
     assert pair_weights(pairs, 8, 1).tolist() == [1.0, 0.5, 0.5, 1.0]
+    thirds = pair_weights(pairs[[1, 1, 1]], 8, 1, torch.float64)
+    assert thirds.dtype == torch.float64 and thirds.tolist() == [1 / 3] * 3
     # another batch entry's pairs are others
     pairs[2, 0] = 1
     assert pair_weights(pairs, 8, 2).tolist() == [1.0, 1.0, 1.0, 1.0]

@@ -88,7 +88,7 @@ def alignment_loss(
         raise ValueError(f"reduction is {reduction!r}; it must be one of {REDUCTIONS}: pass one of them")
     log_mean = _log_mean(query, key, lse, pairs, heads, scale, backend)
     if weights is None:
-        weights = pair_weights(pairs, query.shape[2], query.shape[0]).to(log_mean.dtype)
+        weights = pair_weights(pairs, query.shape[2], query.shape[0], log_mean.dtype)
     elif weights.shape != pairs.shape[:1]:
         rule = f"it must be [P] = {list(pairs.shape[:1])}"
         raise ValueError(f"weights has the shape {list(weights.shape)}; {rule}: give a pair a weight")
@@ -177,18 +177,19 @@ def hard_alignment(
     return found
 
 
-def pair_weights(pairs: Tensor, rows: int, batch: int) -> Tensor:
-    """Return 1 / the number of pairs with the same batch entry and row, float32 [P].
+def pair_weights(pairs: Tensor, rows: int, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return 1 / the number of pairs with the same batch entry and row, [P].
 
     Args:
         pairs: int64 [P, 3]: batch entry, row, column.
         rows: a number that no row reaches.
         batch: a number that no batch entry reaches.
+        dtype: of the result.
     """
     # a GPU does not look whether pairs are there before: the kernels find out
     place = (pairs[:, 0] * rows + pairs[:, 1]).clamp(0, max(batch * rows - 1, 0))
-    ones = torch.ones(len(pairs), device=pairs.device)
-    return 1.0 / torch.zeros(batch * rows, device=pairs.device).index_add_(0, place, ones)[place]
+    ones = torch.ones(len(pairs), dtype=dtype, device=pairs.device)
+    return 1.0 / ones.new_zeros(batch * rows).index_add_(0, place, ones)[place]
 
 
 def _log_mean(
