@@ -1,4 +1,8 @@
-"""Draw the curves of training runs as a PNG picture (`pip install nlpfast[plot]`)."""
+"""Draw pictures, PNG files, by matplotlib (`pip install nlpfast[plot]`).
+
+curves     losses, scores and learning rate of one training run or several.
+attention  what each subword of a translation attends to, all heads of a layer.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     curves.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder of a run, or its log; several are compared"
     )
-    curves.add_argument(
-        "--output", required=True, metavar="FILE.png", help="the picture, replaced if there is one"
+    attention = add_action(actions, "attention", "what a translation attends to, by a translation model")
+    attention.add_argument("model", metavar="RUN", help="folder of a run of `nlpfast train translation`")
+    attention.add_argument("source", metavar="SENTENCE", help="to be translated")
+    attention.add_argument("--target", metavar="SENTENCE", help="its translation (the model's own)")
+    attention.add_argument(
+        "--layer", type=int, metavar="N", help="decoder layer, from 0 or -1 (the aligned one)"
     )
+    for action in (curves, attention):
+        action.add_argument(
+            "--output", required=True, metavar="FILE.png", help="the picture, replaced if there is one"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,12 +47,19 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        DataError: a run has no log, or a damaged one, or nothing in it to draw.
+        DataError: a run has no log, or a damaged one, or nothing in it to draw; a sentence is too long.
+        ValueError: a model is damaged, or has no such layer.
         RuntimeError: matplotlib is not installed.
         OSError: the picture cannot be written.
     """
     output = Path(args.output)
     _check_output(output)
+    {"curves": _curves, "attention": _attention}[args.action](args, output)
+    print(f"{'picture':<24} {output}")
+    return 0
+
+
+def _curves(args: argparse.Namespace, output: Path) -> None:
     from nlpfast.plot import curves
     from nlpfast.plot_run import read_log
 
@@ -50,8 +69,16 @@ def run(args: argparse.Namespace) -> int:
         if report.skipped:
             print(f"nlpfast: {report}", file=sys.stderr)
         print(f"{'records':<24} {len(records)} of {name}")
-    print(f"{'picture':<24} {output}")
-    return 0
+
+
+def _attention(args: argparse.Namespace, output: Path) -> None:
+    from nlpfast.models.translator import Translator
+    from nlpfast.plot import attention
+
+    translator = Translator.from_folder(args.model)
+    probabilities, source, target = translator.attention(args.source, args.target, layer=args.layer)
+    attention(probabilities, source, target, output)
+    print(f"{'subwords':<24} {' '.join(target)}")
 
 
 def _check_output(path: Path) -> None:

@@ -297,24 +297,43 @@ class Transformer(TransformerPretrained):
             ValueError: as `encode`.
         """
         if layer is not None or heads is not None:
-            with self._aligned_by(layer, heads):
+            with self.aligned_by(layer, heads):
                 return self.soft_alignment(source, source_lengths, target_in, target_lengths)
-        sides = (Packing.of_lengths(source_lengths), Packing.of_lengths(target_lengths))
-        rows = (_rows(source, sides[0]), _rows(target_in, sides[1]))
-        attended = self(*rows, *sides, aligned=True).attended
-        assert attended is not None
-        q, k, lse = (part[0, : self.config.alignment_heads].float().transpose(0, 1) for part in attended)
-        q, k, lse = sides[1].padded(q), sides[0].padded(k), sides[1].padded(lse)
-        scores = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
-        within = sides[1].within()[:, :, None] & sides[0].within()[:, None]
-        probabilities = (scores - lse.transpose(1, 2)[..., None]).exp().mean(1).masked_fill(~within, 0.0)
+        sides = (source, source_lengths, target_in, target_lengths)
+        probabilities = self.attention_probabilities(*sides)[:, : self.config.alignment_heads].mean(1)
         if self.config.align_shift:
             probabilities = F.pad(probabilities[:, 1:], (0, 0, 0, 1))
         return probabilities
 
+    @torch.no_grad()
+    def attention_probabilities(
+        self, source: Tensor, source_lengths: Tensor, target_in: Tensor, target_lengths: Tensor
+    ) -> Tensor:
+        """Return the cross-attention of the aligned layer, all heads, float32 [B, H, T, S]; 0 at padding.
+
+        Row t is of the step that reads ``target_in[t]``. Arguments and errors are those of `logits`.
+        """
+        sides = (Packing.of_lengths(source_lengths), Packing.of_lengths(target_lengths))
+        rows = (_rows(source, sides[0]), _rows(target_in, sides[1]))
+        attended = self(*rows, *sides, aligned=True).attended
+        assert attended is not None
+        q, k, lse = (part[0].float().transpose(0, 1) for part in attended)
+        q, k, lse = sides[1].padded(q), sides[0].padded(k), sides[1].padded(lse)
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+        within = sides[1].within()[:, None, :, None] & sides[0].within()[:, None, None]
+        return (scores - lse.transpose(1, 2)[..., None]).exp().masked_fill(~within, 0.0)
+
     @contextlib.contextmanager
-    def _aligned_by(self, layer: int | None, heads: int | None) -> Iterator[None]:
-        """Have other heads than those of the configuration for the alignment, until the `with` block ends."""
+    def aligned_by(self, layer: int | None = None, heads: int | None = None) -> Iterator[None]:
+        """Have another layer or other heads for the alignment, until the `with` block ends.
+
+        Args:
+            layer: as of `soft_alignment`.
+            heads: likewise.
+
+        Raises:
+            ValueError: there is no such layer, or there are not so many heads.
+        """
         config, changes = self.config, {"alignment_layer": layer, "alignment_heads": heads}
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         self.config = dataclasses.replace(config, **given)

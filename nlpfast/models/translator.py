@@ -21,23 +21,10 @@ from nlpfast.hypotheses import Hypothesis
 from nlpfast.models import pretrained
 from nlpfast.models.seq2seq import Seq2Seq
 from nlpfast.models.transformer import Transformer
+from nlpfast.models.translation_files import VOCAB, load_model, load_vocabularies
 
-__all__ = [
-    "VOCAB",
-    "Alignment",
-    "Translation",
-    "Translator",
-    "load_model",
-    "load_vocabularies",
-    "save_vocabularies",
-]
+__all__ = ["Alignment", "Translation", "Translator"]
 
-# folder of the vocabulary beside a model, or of both vocabularies in it
-VOCAB, SIDES = "vocab", ("source", "target")
-KINDS: dict[str, type[Transformer] | type[Seq2Seq]] = {
-    "transformer": Transformer,
-    "seq2seq": Seq2Seq,
-}
 # source tokens, times the hypotheses of a sentence, that are translated together
 BATCH_TOKENS = 16384
 
@@ -79,59 +66,6 @@ class Alignment(NamedTuple):
             return []
         best = self.probabilities[: len(self.target), : len(self.source)].argmax(1).tolist()
         return [(s, t) for t, s in enumerate(best)]
-
-
-def load_model(folder: str | Path) -> Transformer | Seq2Seq:
-    """Read a translation model of either kind.
-
-    Args:
-        folder: holds config.json and model.safetensors.
-
-    Raises:
-        OSError: a file is missing or unreadable; names it.
-        ValueError: a file is damaged, or of another kind of model; names it.
-    """
-    kind = pretrained.model_type(folder)
-    if kind not in KINDS:
-        path = Path(folder) / pretrained.CONFIG_FILE
-        raise ValueError(f"{path}: model_type is {kind!r}, which does not translate; name another model")
-    return KINDS[kind].from_pretrained(folder)
-
-
-def save_vocabularies(folder: str | Path, source: Subwords, target: Subwords) -> None:
-    """Write the vocabulary of both languages to `vocab/` in a folder, or to two folders in that.
-
-    Args:
-        folder: of the model.
-        source: vocabulary of the source.
-        target: of the target; the same object where it is joint.
-
-    Raises:
-        OSError: a file cannot be written; names it.
-    """
-    folder = Path(folder) / VOCAB
-    if source is target:
-        source.save(folder)
-        return
-    for name, side in zip(SIDES, (source, target), strict=True):
-        side.save(folder / name)
-
-
-def load_vocabularies(folder: str | Path) -> tuple[Subwords, Subwords]:
-    """Return the vocabularies that `save_vocabularies` wrote.
-
-    Args:
-        folder: of the model.
-
-    Raises:
-        DataError: they are missing or damaged.
-    """
-    folder = Path(folder) / VOCAB
-    if all((folder / name).is_dir() for name in SIDES):
-        source, target = (Subwords.from_folder(folder / name) for name in SIDES)
-        return source, target
-    both = Subwords.from_folder(folder)
-    return both, both
 
 
 class Translator:
@@ -276,6 +210,44 @@ class Translator:
                 s, t = list(sources[row]), list(targets[row])
                 found[row] = Alignment(s, t, table[: len(t) + 1, : len(s) + 1].clone())
         return [alignment for alignment in found if alignment is not None]
+
+    def attention(
+        self, source: str, target: str | None = None, *, layer: int | None = None
+    ) -> tuple[Tensor, list[str], list[str]]:
+        """Return what each subword of a translation attends to, as `nlpfast.plot.attention` takes it.
+
+        Args:
+            source: a sentence.
+            target: its translation; None for the model's own, by beam search.
+            layer: of the decoder, from 0 or from the last, -1; None for the aligned one.
+
+        Returns:
+            Probabilities of each head, float32 [H, T, S], row t of the step that writes target subword t; the
+            subwords of the source and EOS, and those of the target and EOS.
+
+        Raises:
+            DataError: a sentence is longer than the model reads.
+            ValueError: there is no such layer.
+        """
+        ids = self.source.encode(source)
+        best = self.translate([source])[0][0].tokens if target is None else self.target.encode(target)
+        for tokens in (ids, best):
+            self._check_lengths([tokens], "the sentence".format)
+        config = self.model.config
+        sides = (
+            *self._padded([ids], config.eos_id, after=True),
+            *self._padded([best], config.bos_id, after=False),
+        )
+        with self._computing():
+            if isinstance(self.model, Seq2Seq):
+                if layer is not None:
+                    raise ValueError("layer is given, but an RNN has one attention; leave it out")
+                found = self.model.soft_alignment(*sides)[:, None]
+            else:
+                with self.model.aligned_by(layer):
+                    found = self.model.attention_probabilities(*sides)
+        eos = [config.eos_id]
+        return found[0].float().cpu(), self.source.pieces(ids + eos), self.target.pieces(best + eos)
 
     def word_links(self, alignment: Alignment) -> set[Link]:
         """Return the links between words, those between spaces: of words any of whose subwords are linked.

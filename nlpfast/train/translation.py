@@ -25,7 +25,8 @@ from nlpfast.data.translation_batches import (
 from nlpfast.metrics import corpus_scores
 from nlpfast.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from nlpfast.models.transformer import Transformer, TransformerConfig
-from nlpfast.models.translator import Translator, load_model, save_vocabularies
+from nlpfast.models.translation_files import load_model, save_vocabularies
+from nlpfast.models.translator import Translator
 from nlpfast.nn.losses import AlignedLoss, LabelSmoothedCrossEntropyWithAlignment
 from nlpfast.nn.packing import Packing
 from nlpfast.train.average import AVERAGED

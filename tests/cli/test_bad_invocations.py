@@ -641,6 +641,7 @@ TRANSLATION_WORDS = [
     ("train translation --vocab nothing", DATA, "nothing", "vocab"),
 ]
 TRANSLATE, EXTRACT = "translate nothing {}", "align extract run a b {}"
+PLOT = "plot attention nothing word {}"
 TRANSLATE_WORDS = [
     ("translate", USAGE, "RUN", "(see nlpfast translate --help)"),
     *each(TRANSLATE, USAGE, "(see nlpfast translate --help)", "--beam", "--beam x", "--n-best x"),
@@ -660,6 +661,12 @@ TRANSLATE_WORDS = [
     *each(EXTRACT, USAGE, "(see nlpfast align extract --help)", "--layer x", "--heads x", "--device"),
     *each(EXTRACT, USAGE, "(see nlpfast align extract --help)", "--subwords=yes"),
     ("align extract nothing good.txt good.txt", 1, "nothing", "name the folder of a run"),
+    ("plot attention nothing", USAGE, "SENTENCE", "(see nlpfast plot attention --help)"),
+    *each(
+        PLOT, USAGE, "(see nlpfast plot attention --help)", "--layer x", "--target", "--output", "--heads 2"
+    ),
+    *each(PLOT, USAGE, "ends in .png", "--output new.pdf"),
+    *each(PLOT, 1, "name the folder of a run", "--output nothing.png"),
 ]
 
 BAD = [*VERBS, *TRAIN, *GENERATION, *BIRTHPLACES_WORDS, *BIRTHPLACES_DATA, *ALIGN_WORDS, *ALIGN_DATA, *BENCH]

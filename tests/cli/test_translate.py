@@ -145,3 +145,20 @@ def test_extracted_alignments(run, capsys):
     lines = out_of([*argv, "--subwords"], capsys)
     for line, ids in zip(lines, tokens[1], strict=True):
         assert len(line.split()) == len(ids)
+
+
+def test_a_picture_of_a_translation(run, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    translator = Translator.from_folder(run)
+    output = tmp_path / "picture.png"
+    argv = ["plot", "attention", str(run), "mit lu", "--output", str(output)]
+    _, _, target = translator.attention("mit lu")
+    assert out_of(argv, capsys) == [
+        f"subwords                 {' '.join(target)}",
+        f"picture                  {output}",
+    ]
+    first = output.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    lines = out_of([*argv, "--target", "nevö", "--layer", "0"], capsys)
+    assert lines[0].split()[1:] == [*translator.target.pieces(translator.target.encode("nevö")), "</s>"]
+    assert output.read_bytes() != first

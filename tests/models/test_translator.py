@@ -12,13 +12,8 @@ from nlpfast.data.subwords import Subwords
 from nlpfast.models import translator as module
 from nlpfast.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from nlpfast.models.transformer import Transformer, TransformerConfig
-from nlpfast.models.translator import (
-    Alignment,
-    Translator,
-    load_model,
-    load_vocabularies,
-    save_vocabularies,
-)
+from nlpfast.models.translation_files import load_model, load_vocabularies, save_vocabularies
+from nlpfast.models.translator import Alignment, Translator
 
 LINES = ["ein Hund bellt", "", "eine Katze", "ein Hund und eine Katze und ein Hund", "   ", "Hund"]
 
@@ -172,3 +167,28 @@ def test_folders_that_have_no_model(vocabulary, tmp_path):
     (tmp_path / "best" / "config.json").unlink()
     with pytest.raises(OSError, match=r"config.json"):
         load_model(Path(tmp_path / "best"))
+
+
+def test_attention_of_all_heads_of_a_layer(vocabulary):
+    model = transformer(vocabulary)
+    translator = Translator(model, vocabulary, vocabulary)
+    for layer in (None, 0, -1):
+        found, source, target = translator.attention(LINES[0], "a dog", layer=layer)
+        assert source == [*vocabulary.pieces(vocabulary.encode(LINES[0])), "</s>"]
+        assert target == [*vocabulary.pieces(vocabulary.encode("a dog")), "</s>"]
+        assert found.shape == (2, len(target), len(source))
+        ids = [vocabulary.encode(LINES[0])], [vocabulary.encode("a dog")]
+        for heads in (1, 2):
+            [mean] = translator.align(*ids, layer=-1 if layer is None else layer, heads=heads)
+            torch.testing.assert_close(found[:heads].mean(0), mean.probabilities)
+    own = translator.attention(LINES[0])[2]
+    assert own == [*vocabulary.pieces(translator.translate(LINES[:1])[0][0].tokens), "</s>"]
+    with pytest.raises(ValueError, match="alignment_layer"):
+        translator.attention(LINES[0], layer=2)
+    other = Translator(rnn(vocabulary), vocabulary, vocabulary)
+    found, source, target = other.attention(LINES[0], "a dog")
+    assert found.shape == (1, len(target), len(source))
+    with pytest.raises(ValueError, match="leave it out"):
+        other.attention(LINES[0], layer=0)
+    with pytest.raises(DataError, match="the sentence: has"):
+        Translator(transformer(vocabulary, max_positions=4), vocabulary, vocabulary).attention(LINES[3], "a")

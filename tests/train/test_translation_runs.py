@@ -15,7 +15,8 @@ from nlpfast.data.invented_languages import invented_pairs
 from nlpfast.data.lines import DataError
 from nlpfast.data.subwords import Subwords
 from nlpfast.metrics import corpus_scores
-from nlpfast.models.translator import Translator, load_model
+from nlpfast.models.translation_files import load_model
+from nlpfast.models.translator import Translator
 from nlpfast.stop import Terminated
 from nlpfast.train import translation
 from nlpfast.train.config import ConfigError
