@@ -129,7 +129,9 @@ def _bert(options: BertPretrainingOptions, config: TrainerConfig, resume: str | 
     }
 
 
-def _translation(options: TranslationOptions, config: TrainerConfig, resume: str | None) -> dict[str, object]:
+def _translation(
+    options: TranslationOptions, config: TranslationConfig, resume: str | None
+) -> dict[str, object]:
     from nlpfast.train.translation import train_translation
 
     result = train_translation(options, config, resume=resume)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from nlpfast.data.translation_batches import (
     IGNORED,
     TranslationBatch,
-    TranslationDataset,
     count_targets_of,
     first,
 )
@@ -37,7 +36,7 @@ from nlpfast.train.random_state import set_seed
 from nlpfast.train.task_run import own_dropout, run_task
 from nlpfast.train.trainer import Trainer, TrainState
 from nlpfast.train.translation_data import TranslationData, read_translation_data
-from nlpfast.train.translation_options import TranslationOptions
+from nlpfast.train.translation_options import TranslationConfig, TranslationOptions
 
 __all__ = ["TranslationLoss", "TranslationRun", "build_model", "packings", "train_translation"]
 
@@ -162,7 +161,7 @@ class _Validation:
 
 def train_translation(
     options: TranslationOptions,
-    config: TrainerConfig,
+    config: TranslationConfig,
     *,
     resume: str | None = None,
     quiet: bool = False,
@@ -195,7 +194,7 @@ def train_translation(
 
 
 def _prepared(
-    options: TranslationOptions, config: TrainerConfig, quiet: bool, made: list[TranslationData]
+    options: TranslationOptions, config: TranslationConfig, quiet: bool, made: list[TranslationData]
 ) -> tuple[Trainer, str]:
     """Return the trainer at the start of a run, and what there is to say of it; `made` gets the data."""
     data = read_translation_data(options, config.seed)
@@ -203,8 +202,9 @@ def _prepared(
     set_seed(config.seed)
     special = {"pad_id": data.source.pad_id, "bos_id": data.source.bos_id, "eos_id": data.source.eos_id}
     model = build_model(options, len(data.source), len(data.target), **special)
-    if config.eval_every is None:
-        config = dataclasses.replace(config, eval_every=_steps(data.train, config))
+    # those that accumulate, and of all processes, are one step
+    together = config.accumulation_steps * Processes().world_size
+    config = config.planned(-(-len(data.train) // together))
     loss = TranslationLoss(
         LabelSmoothedCrossEntropyWithAlignment(
             *(options.label_smoothing, options.alignment_lambda),
@@ -233,9 +233,3 @@ def _prepared(
         f"{config.dtype}"
     )
     return trainer, "\n".join([*data.words, last])
-
-
-def _steps(dataset: TranslationDataset, config: TrainerConfig) -> int:
-    """Return the optimizer steps of an epoch."""
-    together = config.accumulation_steps * Processes().world_size
-    return -(-len(dataset) // together)

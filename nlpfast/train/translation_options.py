@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from nlpfast.train.config import ConfigError, TrainerConfig, check_options, option
 
@@ -11,6 +12,8 @@ __all__ = ["ALIGNED", "CRITERIA", "WITHOUT", "TranslationConfig", "TranslationOp
 ALIGNED = "label_smoothed_cross_entropy_with_alignment"
 CRITERIA = ("label_smoothed_cross_entropy", ALIGNED)
 MODELS = ("transformer", "rnn")
+# steps of warm-up, at most
+WARMUP = 400
 # of the trainer, that a task with batches by tokens has no use for
 WITHOUT = ("batch_size", "eval_batch_size", "eval_batches", "sampling", "strategy")
 
@@ -42,12 +45,29 @@ class TranslationConfig(TrainerConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check every value; ten epochs, and 400 steps of warm-up, where nothing else is said."""
+        """Check every value; ten epochs where nothing else is said."""
         if self.max_steps is None and self.max_epochs is None:
             self.max_epochs = 10
-        if self.warmup_steps is None and self.warmup_tokens is None and self.final_tokens is None:
-            self.warmup_steps = None if self.schedule == "noam" else 400
         super().__post_init__()
+
+    def planned(self, steps: int) -> TranslationConfig:
+        """Return the settings of a run of which an epoch has so many steps, as far as they follow from it.
+
+        Without a word of it a run is evaluated once an epoch, and its warm-up takes an eighth of its steps,
+        400 at most.
+
+        Args:
+            steps: optimizer steps of an epoch.
+        """
+        limits = (self.max_steps, self.max_epochs and steps * self.max_epochs)
+        total = min(limit for limit in limits if limit)
+        changes: dict[str, Any] = {}
+        if self.eval_every is None:
+            changes["eval_every"] = steps
+        given = (self.warmup_steps, self.warmup_tokens, self.final_tokens)
+        if self.schedule != "noam" and given == (None, None, None):
+            changes["warmup_steps"] = max(1, min(WARMUP, total // 8))
+        return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -277,9 +277,26 @@ def test_defaults_follow_from_the_data():
     run = train(options(), config)
     steps = [record["step"] for record in records() if "val_loss" in record]
     assert steps == [len(data.train), 2 * len(data.train)] and run.state.step == 2 * len(data.train)
-    assert TranslationConfig().max_epochs == 10 and TranslationConfig().warmup_steps == 400
-    assert TranslationConfig(schedule="noam").warmup_steps is None
-    assert TranslationConfig(warmup_tokens=5, final_tokens=9).warmup_steps is None
+    assert TranslationConfig().max_epochs == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "evaluated", "warmup"),
+    [
+        ({}, 300, 375),
+        ({"max_epochs": 20}, 300, 400),
+        ({"max_steps": 7}, 300, 1),
+        ({"max_steps": 80, "max_epochs": 1, "eval_every": 9}, 9, 10),
+        ({"max_steps": 800, "max_epochs": 1}, 300, 37),
+        ({"warmup_steps": 3}, 300, 3),
+        ({"schedule": "noam"}, 300, None),
+        ({"warmup_tokens": 5}, 300, None),
+        ({"final_tokens": 9}, 300, None),
+    ],
+)
+def test_settings_follow_from_the_steps_of_an_epoch(given, evaluated, warmup):
+    found = TranslationConfig(**given).planned(300)
+    assert (found.eval_every, found.warmup_steps) == (evaluated, warmup)
 
 
 @pytest.mark.parametrize(
