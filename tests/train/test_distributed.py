@@ -159,3 +159,27 @@ def test_the_command_line_names_the_process(tmp_path):
     assert code != 0 and not out and not (tmp_path / "run").exists()
     assert any(f"nlpfast: error: rank {rank}: " in err for rank in (0, 1))
     assert ":1: byte 0xff is not UTF-8" in err
+
+
+@pytest.mark.parametrize("model", ["transformer", "rnn"])
+def test_a_translation_gives_the_losses_of_one_process(model, tmp_path):
+    """Two processes take the batches of a step that accumulates two; the last step of an epoch has one."""
+    words = ["train", "translation", "--pairs", "100", "--vocab-size", "200", "--max-tokens", "400"]
+    words += ["--model", model, "--d-model", "32", "--heads", "2", "--d-ff", "64", "--hidden-size", "32"]
+    words += ["--encoder-layers", "1", "--decoder-layers", "1", "--dropout", "0", "--max-epochs", "2"]
+    words += ["--log-every", "1", "--device", "cpu", "--eval-sentences", "5", "--warmup-steps", "2"]
+    if model == "transformer":
+        words += ["--criterion", "label_smoothed_cross_entropy_with_alignment"]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert main([*words, "--accumulation-steps", "2", "--output-dir", str(alone)]) == 0
+    code, out, err, _ = torchrun("-m", "nlpfast", *words, "--output-dir", both)
+    assert code == 0, err
+    one, two = records(alone), records(both)
+    assert len(one) == len(two) > 6
+    for a, b in zip(one[1:], two[1:], strict=True):
+        names = ("step", "loss", "val_loss", "bleu", "tokens")
+        assert a.keys() == b.keys()
+        assert [b[name] for name in names if name in a] == pytest.approx(
+            [a[name] for name in names if name in a], rel=1e-5
+        )
+    assert out.count("val loss") == 1
