@@ -16,6 +16,8 @@ __all__ = ["RunCurves", "panels_of", "read_log", "read_runs"]
 
 _LOG = "log.jsonl"
 
+# what decides which evaluation is the best
+_SCORE = "score"
 # what a record has beside the figures that are worth a look
 _BOOKKEEPING = {
     *("epoch", "tokens", "skipped_steps", "nonfinite_steps", "empty_batches"),
@@ -145,22 +147,30 @@ def panels_of(runs: Sequence[RunCurves], fields: Sequence[str] | None = None) ->
 
     Args:
         runs: their fields are the choice.
-        fields: what to draw, in this order; None for all but counts and times, losses first.
+        fields: what to draw, in this order; None for all but counts, times, and a score that another field
+            is too; losses first.
 
     Raises:
         ValueError: a field is in no log, or there are none.
     """
     there = list(dict.fromkeys(field for run in runs for field in run.curves))
+    left_out = _BOOKKEEPING | ({_SCORE} if all(map(_scored_by_another, runs)) else set())
     for field in fields or ():
         if field not in there:
             raise ValueError(f"fields with {field!r}, which no log has; there are {', '.join(there)}")
     if fields is not None and not fields:
         raise ValueError("fields is empty; name at least one, or give None for all")
     panels: dict[str, list[str]] = {}
-    for field in [name for name in there if name not in _BOOKKEEPING] if fields is None else fields:
+    for field in [name for name in there if name not in left_out] if fields is None else fields:
         word = re.split("[ _]", field)[-1]
         panels.setdefault(_SAME_PANEL.get(word, word), []).append(field)
     if fields is not None:
         return list(panels.values())
     middle = [word for word in panels if word not in (*_FIRST, *_LAST)]
     return [panels[word] for word in (*_FIRST, *middle, *_LAST) if word in panels]
+
+
+def _scored_by_another(run: RunCurves) -> bool:
+    """Return whether the score of a run, where there is one, is another of its figures."""
+    score = run.curves.get(_SCORE)
+    return score is None or any(curve == score for field, curve in run.curves.items() if field != _SCORE)

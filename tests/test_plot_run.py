@@ -169,3 +169,15 @@ def test_fields_that_are_not_there():
         panels_of([run_with("loss"), run_with("bleu")], ["loss", "ter"])
     with pytest.raises(ValueError, match="fields is empty"):
         panels_of([run_with("loss")], [])
+
+
+def test_a_score_is_drawn_unless_it_is_another_figure():
+    def run(score: list[float] | None, bleu: list[float]) -> RunCurves:
+        curves = {"bleu": ([1, 2], bleu)} | ({"score": ([1, 2], score)} if score else {})
+        return RunCurves("run", curves, {}, 0)
+
+    assert panels_of([run([3.0, 4.0], [3.0, 4.0])]) == [["bleu"]]
+    assert panels_of([run([3.0, 5.0], [3.0, 4.0])]) == [["bleu"], ["score"]]
+    assert panels_of([run([3.0, 4.0], [3.0, 4.0]), run([1.0, 2.0], [3.0, 4.0])]) == [["bleu"], ["score"]]
+    assert panels_of([run([3.0, 4.0], [3.0, 4.0]), run(None, [3.0, 4.0])]) == [["bleu"]]
+    assert panels_of([run([3.0, 4.0], [3.0, 4.0])], ["score"]) == [["score"]]
