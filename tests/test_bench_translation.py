@@ -1,13 +1,21 @@
 """The benchmark of a Transformer's training step and beam search, at a small size."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_translation as bench
-from benchmarks import process_memory
+from benchmarks import eager_training, process_memory
 from benchmarks.measure import Settings
+from nlpfast.data.translation_batches import make_batch
+from nlpfast.models.transformer import Transformer, TransformerConfig
+from nlpfast.nn import LabelSmoothedCrossEntropyWithAlignment
+from nlpfast.nn.packing import Packing
+from nlpfast.train.translation_options import TranslationOptions
 
 LENGTHS = ((4, 7), (5, 3), (6, 6))
 
@@ -104,3 +112,28 @@ def test_memory_is_that_of_a_step() -> None:
 
 def test_nothing_is_lacking() -> None:
     assert [bench.unavailable(name) for name in (bench.OURS, *bench.PEERS)] == [None] * 4
+
+
+def test_the_eager_loss_of_a_packed_batch_is_ours() -> None:
+    special = {"pad_id": 3, "bos_id": 1, "eos_id": 2}
+    config = TransformerConfig(
+        source_vocab=30, target_vocab=30, d_model=32, d_ff=32, heads=2, dropout=0, **special
+    )
+    model = Transformer(config).double()
+    batch = make_batch([[4, 5, 6], [7], [8, 9]], [[10, 11], [12, 13, 14, 15], [16]], **special)
+    packings = Packing(batch.source_cu, batch.source_longest), Packing(batch.target_cu, batch.target_longest)
+    criterion = LabelSmoothedCrossEntropyWithAlignment(0.1)
+    found = model(batch.source, batch.target_in, *packings, criterion=criterion, target_out=batch.target_out)
+    eager = eager_training.padded_loss(model, batch, 0.1)
+    torch.testing.assert_close(eager, found.loss / found.sample_size, atol=1e-12, rtol=1e-12)
+
+
+def test_eager_training_prints_a_line_an_epoch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"pairs": 100, "d_model": 32, "d_ff": 32, "heads": 2, "vocab_size": 200, "eval_sentences": 5}
+    monkeypatch.setattr(eager_training, "TranslationOptions", partial(TranslationOptions, **small))
+    eager_training.main(["--epochs", "2", "--max-tokens", "400", "--output-dir", str(tmp_path)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines] == ["1", "2"] and all(line[3:5] == ["s", "BLEU"] for line in lines)
+    assert 0 < float(lines[0][2]) < float(lines[1][2])
