@@ -104,8 +104,9 @@ def test_operations_of_a_step_are_those_of_its_sentences(
 
 def test_memory_is_that_of_a_step() -> None:
     assert process_memory.measured()
-    taken = process_memory.megabytes_of(lambda: torch.ones(20 * 2**18).sum())
-    assert 19 < taken < 23
+    taken = process_memory.megabytes_of(lambda: torch.ones(200 * 2**18).sum())
+    # what the process had is used again
+    assert 190 < taken < 210
     assert bench.memory(bench.CASES[4], bench.OURS) is None
     assert bench.memory(bench.CASES[2], bench.UNSUPERVISED) is None
 

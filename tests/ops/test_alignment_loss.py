@@ -51,7 +51,7 @@ def dense(
     log_mean = chosen.logsumexp(1) - math.log(chosen.shape[1])
     if weights is None:
         same = (pairs[:, None, :2] == pairs[None, :, :2]).all(-1)
-        weights = 1.0 / same.sum(1)
+        weights = 1.0 / same.sum(1, dtype=torch.promote_types(q.dtype, torch.float32))
     return log_p.exp() @ v, -weights * log_mean[pairs[:, 0], pairs[:, 1], pairs[:, 2]]
 
 
@@ -613,7 +613,9 @@ def check(backend: str, call: dict) -> None:
         scores = scores.masked_fill(torch.ones(L, S).tril() == 0, -1e30)
     chosen = scores.log_softmax(-1)[:, numbers(call["heads"], H)]
     log_mean = chosen.logsumexp(1) - math.log(chosen.shape[1])
-    exact = -pair_weights(pairs, L, B).double() * log_mean[pairs[:, 0], pairs[:, 1], pairs[:, 2]]
+    # float32 where the op computes in it
+    shares = pair_weights(pairs, L, B, torch.float64 if call["dtype"] == torch.float64 else torch.float32)
+    exact = -shares.double() * log_mean[pairs[:, 0], pairs[:, 1], pairs[:, 2]]
     wanted = torch.autograd.grad((exact * weight).sum(), (q, k))
     eps = 2.0**-52 if call["dtype"] == torch.float64 else 2.0**-23
     top = float(scores.detach().masked_fill(scores < -1e29, 0.0).abs().max())
