@@ -42,7 +42,7 @@ class TranslationData:
         target: of the target; the same object where it is joint.
         train: batches for training.
         validation: batches to evaluate on.
-        sentences: the pairs to evaluate on, as text.
+        sentences: the pairs to evaluate on, as text; those of `validation`.
         facts: what a checkpoint tells of the data.
         words: what there is to say of it.
     """
@@ -131,8 +131,16 @@ def read_translation_data(options: TranslationOptions, seed: int) -> Translation
         checked, **special, max_tokens=max(options.max_tokens, LONGEST), padded=padded, seed=seed
     )
     facts = _facts(options, pairs, checked, source, target, links.report if links else None)
+    # loss and BLEU are of the same pairs: no model reads those that are skipped
+    sentences = dataclasses.replace(
+        validation,
+        source=[validation.source[row] for row in checked.rows],
+        target=[validation.target[row] for row in checked.rows],
+        lines=validation.lines[checked.rows],
+        report=checked.report,
+    )
     return TranslationData(
-        *(source, target, train, evaluated, validation, facts),
+        *(source, target, train, evaluated, sentences, facts),
         words=_words(pairs, checked, train, source, target, links.report if links else None),
     )
 

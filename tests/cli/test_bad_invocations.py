@@ -64,7 +64,7 @@ VERBS = [
     ("vocab --size 3 good.txt", USAGE, "KIND", "choose from 'wordpiece', 'bpe', 'encode', 'decode'"),
     ("align --gold gold", USAGE, "ACTION", "choose from 'score'"),
     ("plot", USAGE, "ACTION", "(see nlpfast plot --help)"),
-    *see("plot", "attention", "Curves"),
+    *see("plot", "heads", "Curves"),
     ("plot --output x.png", USAGE, "ACTION", "choose from 'curves'"),
 ]
 
@@ -662,11 +662,10 @@ TRANSLATE_WORDS = [
     *each(EXTRACT, USAGE, "(see nlpfast align extract --help)", "--subwords=yes"),
     ("align extract nothing good.txt good.txt", 1, "nothing", "name the folder of a run"),
     ("plot attention nothing", USAGE, "SENTENCE", "(see nlpfast plot attention --help)"),
-    *each(
-        PLOT, USAGE, "(see nlpfast plot attention --help)", "--layer x", "--target", "--output", "--heads 2"
-    ),
+    *each(PLOT, USAGE, "(see nlpfast plot attention --help)", "--layer x", "--target", "--output"),
     *each(PLOT, USAGE, "ends in .png", "--output new.pdf"),
-    *each(PLOT, 1, "name the folder of a run", "--output nothing.png"),
+    ("plot attention nothing word --output x.png --heads 2", USAGE, "--heads", "--help)"),
+    ("plot attention nothing word --output x.png", 1, "nothing", "name the folder of a run"),
 ]
 
 BAD = [*VERBS, *TRAIN, *GENERATION, *BIRTHPLACES_WORDS, *BIRTHPLACES_DATA, *ALIGN_WORDS, *ALIGN_DATA, *BENCH]

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from nlpfast.cli import main, translate
+from nlpfast.data.subwords import Subwords
+from nlpfast.models.transformer import Transformer, TransformerConfig
+from nlpfast.models.translation_files import save_vocabularies
 from nlpfast.models.translator import Translator
 
 TRAIN = [
@@ -103,6 +106,69 @@ def test_alignments_are_printed(run, text, capsys):
         assert len(rows) == len(translations[0].tokens) + 1
         assert all(len(row) == len(translator.source.encode(source)) + 1 for row in rows)
         assert all(sum(row) == pytest.approx(1, abs=1e-4) for row in rows)
+
+
+def test_options_reach_the_search(run, text, capsys, monkeypatch):
+    calls, found = [], Translator.translate
+
+    def recorded(self, lines, **options):
+        calls.append({**options, "dtype": self.dtype})
+        return found(self, lines, **options)
+
+    monkeypatch.setattr(Translator, "translate", recorded)
+    argv = [
+        "--beam",
+        "4",
+        "--n-best",
+        "2",
+        "--length-penalty",
+        "gnmt",
+        "--alpha",
+        "0.6",
+        "--max-len-a",
+        "0.5",
+    ]
+    argv += ["--max-len-b", "6", "--min-length", "2", "--no-repeat-ngram", "3", "--dtype", "bfloat16"]
+    lines = out_of(["translate", str(run), str(text), *argv], capsys)
+    [given] = calls
+    given.pop("place")
+    assert given.pop("dtype") == torch.bfloat16
+    assert given == {
+        **{"beam": 4, "n_best": 2, "length_penalty": "gnmt", "alpha": 0.6, "max_len_a": 0.5},
+        **{"max_len_b": 6, "min_length": 2, "no_repeat_ngram": 3},
+    }
+    translator = Translator.from_folder(run, dtype=torch.bfloat16)
+    best = found(translator, text.read_text().split("\n")[:-1], **given)
+    assert lines == [f"{i} ||| {t.text} ||| {t.score:.6f}" for i, row in enumerate(best) for t in row]
+
+
+def test_sentences_that_are_too_long_are_named(run, tmp_path, capsys, monkeypatch):
+    long, short = tmp_path / "long", tmp_path / "short"
+    long.write_text("mit\n" * 3 + "mit " * 1100 + "\n")
+    short.write_text("mit\n" * 4)
+    monkeypatch.setattr(translate, "_LINES", 2)
+    for argv in (["translate", str(run), str(long)], ["align", "extract", str(run), str(long), str(short)]):
+        assert main(argv) == 65
+        assert f"{long}:4: has 2200 subwords" in capsys.readouterr().err
+
+
+def test_two_vocabularies_stay_on_their_sides(tmp_path, capsys):
+    sides = Subwords.train(["mit lu"] * 9, 20), Subwords.train(["nevö ta"] * 9, 30)
+    sizes = {"d_model": 16, "d_ff": 16, "heads": 1, "encoder_layers": 1, "decoder_layers": 1, "tied": "none"}
+    torch.manual_seed(2)
+    pieces = {"source_vocab": len(sides[0]), "target_vocab": len(sides[1])}
+    model = Transformer(TransformerConfig(**pieces, **sizes)).eval()
+    model.save_pretrained(tmp_path)
+    save_vocabularies(tmp_path, *sides)
+    for name, line in (("source", "mit lu"), ("target", "nevö ta")):
+        (tmp_path / name).write_text(f"{line}\n")
+    texts = str(tmp_path / "source"), str(tmp_path / "target")
+    [alignment] = Translator(model, *sides).align([sides[0].encode("mit lu")], [sides[1].encode("nevö ta")])
+    [line] = out_of(["align", "extract", str(tmp_path), *texts, "--subwords"], capsys)
+    assert line == " ".join(f"{s}-{t}" for s, t in sorted(alignment.links()))
+    [[best]] = Translator(model, *sides).translate(["mit lu"], max_len_a=1.5, max_len_b=20)
+    [line] = out_of(["translate", str(tmp_path), texts[0]], capsys)
+    assert line == best.text == sides[1].decode(best.tokens)
 
 
 def test_from_stdin(run, text, capsys, monkeypatch):

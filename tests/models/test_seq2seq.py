@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nlpfast.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from nlpfast.nn.losses import LabelSmoothedCrossEntropyWithAlignment
 from nlpfast.nn.packing import Packing
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -634,3 +635,22 @@ def test_calls_that_fit(name):
 def test_calls_are_checked(name, change, message):
     with pytest.raises(ValueError, match=message):
         call(name, change)
+
+
+def test_loss_of_a_packed_batch():
+    seq2seq = model()
+    (source, source_packing), (target_in, target_packing) = (
+        pack(sentences([4, 2], SOURCE)),
+        pack(sentences([3, 4], TARGET)),
+    )
+    arguments = source, target_in, source_packing, target_packing
+    target_out = torch.randint(TARGET, (7,), generator=torch.Generator().manual_seed(3))
+    target_out[2] = -100
+    criterion = LabelSmoothedCrossEntropyWithAlignment(0.1)
+    found = seq2seq(*arguments, criterion=criterion, target_out=target_out)
+    logits = seq2seq.features(*arguments) @ seq2seq.output_weight.T
+    assert found.sample_size == 6
+    expected = nn.functional.cross_entropy(logits, target_out, reduction="sum")
+    close(found.logged["nll"], expected.detach(), 1e-9)
+    with pytest.raises(ValueError, match="no attention of an RNN is supervised; leave them out"):
+        seq2seq(*arguments, criterion=criterion, target_out=target_out, pairs=torch.zeros(1, 3).long())

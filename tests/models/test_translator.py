@@ -1,12 +1,14 @@
 """From text to text: batches of any order give each sentence its own translation, alignments, folders."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from nlpfast.beam_search import beam_search
 from nlpfast.data.lines import DataError
 from nlpfast.data.subwords import Subwords
 from nlpfast.models import translator as module
@@ -121,6 +123,11 @@ def test_precision(vocabulary):
     )
     assert not torch.equal(whole, half) and half.dtype == torch.float32
     torch.testing.assert_close(whole, half, atol=0.02, rtol=0.05)
+    scores = [
+        Translator(model, vocabulary, vocabulary, dtype=dtype).translate(LINES[:1], max_len_b=4)[0][0].score
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert scores[0] != scores[1] and scores[0] == pytest.approx(scores[1], abs=0.05)
 
 
 @pytest.mark.parametrize("joint", [True, False])
@@ -137,6 +144,8 @@ def test_folders(vocabulary, joint, tmp_path):
     for folder in (tmp_path, tmp_path / "last"):
         found = Translator.from_folder(folder)
         assert type(found.model) is Transformer and not found.model.training
+        assert found.dtype == torch.float32
+        assert Translator.from_folder(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
         assert found.translate(LINES, max_len_b=9) == Translator(model, vocabulary, other).translate(
             LINES, max_len_b=9
         )
@@ -148,6 +157,11 @@ def test_folders(vocabulary, joint, tmp_path):
         assert torch.equal(
             Translator.from_folder(tmp_path).model.decoder_norm.weight, better.decoder_norm.weight
         )
+    # a model's own vocabulary before that of the folder round it
+    save_vocabularies(tmp_path / "model", vocabulary, other)
+    shutil.rmtree(tmp_path / "vocab")
+    Subwords.train(["a b"] * 9, 12).save(tmp_path / "vocab")
+    assert Translator.from_folder(tmp_path / "model").source.tokens == vocabulary.tokens
 
 
 def test_folders_that_have_no_model(vocabulary, tmp_path):
@@ -192,3 +206,54 @@ def test_attention_of_all_heads_of_a_layer(vocabulary):
         other.attention(LINES[0], layer=0)
     with pytest.raises(DataError, match="the sentence: has"):
         Translator(transformer(vocabulary, max_positions=4), vocabulary, vocabulary).attention(LINES[3], "a")
+
+
+def test_two_vocabularies_stay_on_their_sides(vocabulary):
+    other = Subwords.train(["dogs bark at cats and cats bark at a dog"] * 9, 40)
+    model = transformer(vocabulary, tied="decoder", target_vocab=len(other))
+    translator = Translator(model, vocabulary, other)
+    line, target = LINES[3], "cats bark at dogs"
+    [[best]] = translator.translate([line], max_len_b=9, min_length=3)
+    assert best.tokens and best.text == other.decode(best.tokens)
+    _, source_pieces, pieces = translator.attention(line, target)
+    assert source_pieces == [*vocabulary.pieces(vocabulary.encode(line)), "</s>"]
+    assert pieces == [*other.pieces(other.encode(target)), "</s>"]
+    assert translator.attention(line)[2] == [*other.pieces(translator.translate([line])[0][0].tokens), "</s>"]
+    ids = list(range(4, len(vocabulary))), list(range(4, len(other)))
+    words = vocabulary.word_numbers(ids[0]), other.word_numbers(ids[1])
+    table = torch.rand(len(ids[1]) + 1, len(ids[0]) + 1, generator=torch.Generator().manual_seed(1))
+    alignment = Alignment(*ids, table)
+    assert alignment.links() == [(int(row[:-1].argmax()), t) for t, row in enumerate(table[:-1])]
+    assert translator.word_links(alignment) == {(words[0][s], words[1][t]) for s, t in alignment.links()}
+
+
+@pytest.mark.parametrize("build", [transformer, rnn])
+def test_sources_end_with_eos(vocabulary, build):
+    model = build(vocabulary)
+    ids = vocabulary.encode(LINES[0])
+    source, lengths = torch.tensor([[*ids, vocabulary.eos_id]]), torch.tensor([len(ids) + 1])
+    [[expected]] = beam_search(model, source, lengths, beam=3, max_len_b=9)
+    [[found]] = Translator(model, vocabulary, vocabulary).translate(LINES[:1], beam=3, max_len_b=9)
+    assert found.tokens == expected.tokens and found.score == pytest.approx(expected.score, abs=1e-6)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_batches_are_of_similar_lengths_and_within_their_size(vocabulary, beam, monkeypatch):
+    model = transformer(vocabulary)
+    begin, shapes = model.begin, []
+
+    def recorded(source, *more):
+        shapes.append(source.shape)
+        return begin(source, *more)
+
+    monkeypatch.setattr(model, "begin", recorded)
+    lines = [*LINES, *["Hund"] * 9, *["eine Katze bellt"] * 5]
+    most = 90
+    monkeypatch.setattr(module, "BATCH_TOKENS", most)
+    Translator(model, vocabulary, vocabulary).translate(lines, beam=beam, max_len_b=2)
+    lengths = sorted((len(tokens) + 1 for tokens in vocabulary.encode_batch(lines) if tokens), reverse=True)
+    # the longest first, and as many as there is room for
+    for B, S in shapes:
+        assert lengths[0] == S and min(len(lengths), max(1, most // beam // S)) == B
+        lengths = lengths[B:]
+    assert not lengths

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import math
 import signal
@@ -16,10 +17,11 @@ from nlpfast.data.lines import DataError
 from nlpfast.data.subwords import Subwords
 from nlpfast.metrics import corpus_scores
 from nlpfast.models.translation_files import load_model
-from nlpfast.models.translator import Translator
+from nlpfast.models.translator import Translation, Translator
 from nlpfast.stop import Terminated
-from nlpfast.train import translation
+from nlpfast.train import translation, translation_data
 from nlpfast.train.config import ConfigError
+from nlpfast.train.random_state import set_seed
 from nlpfast.train.translation import train_translation
 from nlpfast.train.translation_data import read_translation_data, write_invented_pairs
 from nlpfast.train.translation_options import ALIGNED, TranslationConfig, TranslationOptions
@@ -91,15 +93,22 @@ def test_figures_are_those_of_the_validation_text(model, files):
     source, target = (path.read_text().splitlines() for path in lines)
     translator = Translator.from_folder("run/last")
     # the last model, one sentence after the other, by all logits
-    nll = count = 0
+    nll = smoothed = right = count = 0
     for s, t in zip(source, target, strict=True):
         s, t = translator.source.encode(s), translator.target.encode(t)
         state = translator.model.begin(torch.tensor([[*s, 2]]), torch.tensor([len(s) + 1]), 1)
         for token, following in zip([1, *t], [*t, 2], strict=True):
             logits = translator.model.advance(torch.tensor([[token]]), state)[0, 0]
             nll += float(F.cross_entropy(logits, torch.tensor(following)))
+            # fairseq's smoothing: what the label gives away goes to the other V - 1
+            few = 0.3 / (len(logits) - 1)
+            log_p = F.log_softmax(logits, -1)
+            smoothed -= float((1 - 0.3 - few) * log_p[following] + few * log_p.sum())
+            right += int(logits.argmax()) == following
             count += 1
     assert run.figures["val_loss"] == pytest.approx(nll / count, rel=1e-4)
+    assert run.figures["smoothed_loss"] == pytest.approx(smoothed / count, rel=1e-4)
+    assert run.figures["accuracy"] == pytest.approx(right / count, abs=1e-3)
     assert run.figures["score"] == -run.figures["val_loss"]
     found = translator.translate(source[:20], beam=1)
     [(_, bleu, _)] = corpus_scores([best[0].text for best in found], [target[:20]], ("bleu",))
@@ -210,6 +219,148 @@ def test_links_between_words_and_between_subwords_are_the_same(files):
         assert sorted(pairs[0]) == sorted(pairs[1])
 
 
+def test_evaluations_translate_as_they_are_told(monkeypatch):
+    calls, pauses = [], []
+    evaluate = translation._Validation.__call__
+
+    def translate(self, lines, **given):
+        text = Path("run/data/valid.target").read_text().splitlines()
+        calls.append((len(lines), given["beam"], self.dtype))
+        given["pause"]()
+        return [[Translation(line, [], 0.0, 0.0, True)] for line in text[: len(lines)]]
+
+    def counted(self, model, pause):
+        pauses.append(0)
+
+        def count():
+            pauses[-1] += 1
+            pause()
+
+        return evaluate(self, model, count)
+
+    monkeypatch.setattr(Translator, "translate", translate)
+    monkeypatch.setattr(translation._Validation, "__call__", counted)
+    run = train(options(eval_beam=3, eval_sentences=7), settings(dtype="bfloat16"))
+    assert calls == [(7, 3, torch.bfloat16)] * 2
+    # before each batch of the loss, and whenever the translator does
+    assert pauses == [len(read_translation_data(options(), 0).validation) + 1] * 2
+    assert run.figures["bleu"] == run.figures["score"] == pytest.approx(100)
+
+
+def test_pairs_to_evaluate_on_are_those_of_loss_and_bleu(files):
+    """A sentence that no model reads is left out of both, and named; --max-length leaves none out."""
+    long, medium, short = (" ".join(["mit"] * words) for words in (1030, 300, 2))
+    Path("valid.source").write_text(f"{short}\n{long}\n{short}\n")
+    Path("valid.target").write_text(f"{short}\n{short}\n{medium}\n")
+    text = {"source": files["train.source"], "target": files["train.target"]}
+    given = options(**text, valid=("valid.source", "valid.target"), max_length=8)
+    data = read_translation_data(given, 0)
+    assert data.sentences.source == [short, short] and data.sentences.target == [short, medium]
+    reports = data.facts["data"]
+    assert reports["validation"]["skipped"]["longer than 1,024 tokens with EOS"]["first"] == [
+        "valid.source:2"
+    ]
+    assert 0 < reports["train"]["skipped"]["longer than 8 tokens with EOS"]["count"] < 100
+    assert train(given, settings(max_steps=2)).state.step == 2
+
+
+def test_pairs_are_kept_to_evaluate_on(files, monkeypatch):
+    text = {"source": files["train.source"], "target": files["train.target"]}
+    report = read_translation_data(options(**text), 0).facts["data"]["validation"]
+    assert (report["read"], report["used"]) == (100, 5)
+    assert report["skipped"] == {
+        "for training": {"count": 95, "first": [f"{files['train.source']}:{n}" for n in (1, 2, 3)]}
+    }
+    for name in text:
+        lines = Path(files[f"train.{name}"]).read_text().splitlines()
+        Path(name).write_text("".join(f"{line}\n" for line in [*lines, lines[0]]))
+    given = options(source="source", target="target")
+    assert len(read_translation_data(given, 0).sentences) == 6, "a share is rounded up"
+    monkeypatch.setattr(translation_data, "MOST_VALIDATION", 3)
+    assert len(read_translation_data(given, 0).sentences) == 3
+
+
+def test_pairs_of_unequal_lengths_are_skipped(files):
+    text = {"source": files["train.source"], "target": files["train.target"]}
+    skipped = read_translation_data(options(**text, max_ratio=1.0), 0).facts["data"]["train"]["skipped"]
+    assert 0 < skipped["more than 1 times as long on one side"]["count"] < 95
+
+
+def test_seeds_reach_text_batches_and_weights(files):
+    text = {"source": files["train.source"], "target": files["train.target"]}
+    rows = [
+        [data.train.rows(i).tolist() for i in range(len(data.train))]
+        for data in (read_translation_data(options(**text), seed) for seed in (0, 1))
+    ]
+    assert rows[0] != rows[1] and sorted(itertools.chain(*rows[0])) == sorted(itertools.chain(*rows[1]))
+    made = []
+    trainer, _ = translation._prepared(options(), settings(seed=3), True, made)
+    assert Path("run/data/train.source").read_text().splitlines() == invented_pairs(800, 3).source[:100]
+    set_seed(3)
+    special = {"pad_id": 0, "bos_id": 1, "eos_id": 2}
+    model = translation.build_model(options(), len(made[0].source), len(made[0].target), **special)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name]), name
+
+
+def test_options_reach_the_trainer():
+    aligned = {"criterion": ALIGNED, "align_shift": 1, "label_smoothing": 0.2, "alignment_lambda": 0.7}
+    trainer, _ = translation._prepared(options(**aligned), settings(), True, [])
+    criterion = trainer.steps.loss_fn.criterion
+    assert (criterion.label_smoothing, criterion.alignment_lambda, criterion.align_shift) == (0.2, 0.7, 1)
+    assert trainer.model.config.align_shift == 1
+    assert trainer.metadata["options"] == dataclasses.asdict(options(**aligned))
+    batches = len(trainer.feed.dataset)
+    accumulated = TranslationConfig(max_epochs=8, accumulation_steps=batches - 1, device="cpu")
+    trainer, _ = translation._prepared(options(**aligned), accumulated, True, [])
+    # the last step of an epoch has one batch
+    assert (trainer.config.eval_every, trainer.config.warmup_steps) == (2, 2)
+
+
+@pytest.mark.parametrize(("model", "width"), [("transformer", "d_model"), ("rnn", "hidden_size")])
+def test_noam_is_of_the_models_width(model, width):
+    rates = []
+    for number, sizes in enumerate(
+        ({"d_model": 16, "hidden_size": 16}, {"d_model": 16, "hidden_size": 16, width: 64})
+    ):
+        train(
+            options(model=model, output_dir=str(number), **sizes),
+            settings(schedule="noam", max_steps=2, log_every=1),
+        )
+        rates.append([record["lr"] for record in records(str(number)) if "lr" in record])
+    assert rates[0] == pytest.approx([2 * rate for rate in rates[1]]) and rates[0]
+
+
+def test_digest_is_of_all_that_is_read(files):
+    text = {"source": files["train.source"], "target": files["train.target"], "vocab": "one"}
+    lines = [Path(files[f"train.{side}"]).read_text() for side in ("source", "target", "align")]
+    Subwords.train(lines[0].splitlines(), 100).save("one")
+    Subwords.train(lines[1].splitlines(), 100).save("two")
+    for name, content in zip(("source", "target", "align"), lines, strict=True):
+        first, rest = content.split("\n", 1)
+        Path(name).write_text(f"{first.rsplit(' ', 1)[0]}\n{rest}")
+    aligned = {"alignments": files["train.align"], "criterion": ALIGNED}
+    changes = [
+        *({}, {"source": "source"}, {"target": "target"}, {"vocab": "two"}, aligned),
+        *({**aligned, "alignments": "align"}, {"target_vocab": "two", "tied": "none"}),
+    ]
+    found = [read_translation_data(options(**{**text, **change}), 0).facts["digest"] for change in changes]
+    assert len(set(found)) == len(changes)
+    assert read_translation_data(options(**text), 5).facts["digest"] == found[0]
+    assert "alignments" in read_translation_data(options(**{**text, **aligned}), 0).facts["data"]
+
+
+def test_special_tokens_must_be_the_same_on_both_sides(files, monkeypatch):
+    """Those of SentencePiece's models may be any."""
+    text = {"source": files["train.source"], "target": files["train.target"]}
+    for name in ("pad_id", "bos_id", "eos_id"):
+        sides = [Subwords.train(["mit lu"] * 3, 20) for _ in range(2)]
+        setattr(sides[1], name, 9)
+        monkeypatch.setattr(translation_data, "_named", lambda _, sides=tuple(sides): sides)
+        with pytest.raises(DataError, match="two: its special tokens have other ids than those of --vocab"):
+            train(options(**text, vocab="one", target_vocab="two", tied="none"))
+
+
 def test_a_tsv_file_and_its_columns(files):
     source, target = (Path(files[f"train.{side}"]).read_text().splitlines() for side in ("source", "target"))
     rows = [f"{i}\t{t}\t{s}" for i, (s, t) in enumerate(zip(source, target, strict=True))]
@@ -254,10 +405,25 @@ def test_dropout_of_subwords_draws_anew_in_every_epoch(files):
     assert first == data[0].source.tolist() != plain[0].source.tolist()
     data.epoch = 1
     assert data[0].source.tolist() != first
-    other = read_translation_data(options(**text, bpe_dropout=0.3), 1).train
-    vocabulary = read_translation_data(options(**text), 0).source
-    words = lambda dataset: sorted(vocabulary.decode(dataset[i].source.tolist()) for i in range(len(dataset)))  # noqa: E731
-    assert len(words(data)) == len(words(other))
+    lines = [Path(path).read_text().splitlines()[:95] for path in text.values()]
+    apart = read_translation_data(options(**text, bpe_dropout=0.3, separate=True, tied="decoder"), 0)
+    # each sentence keeps its text, on its side
+    for number in range(len(apart.train)):
+        batch = apart.train[number]
+        sides = (
+            (apart.source, batch.source, batch.source_cu),
+            (apart.target, batch.target_in, batch.target_cu),
+        )
+        for (vocabulary, tokens, cu), texts in zip(sides, lines, strict=True):
+            for b, row in enumerate(apart.train.rows(number).tolist()):
+                ids = [i for i in tokens[cu[b] : cu[b + 1]].tolist() if i > 2]
+                assert vocabulary.decode(ids) == texts[row]
+    vocabularies = (apart.source, apart.target)
+    drawn = [
+        translation_data._Redrawn(dropout, seed, vocabularies, tuple(lines))(0, list(range(20)), epoch)
+        for dropout, seed, epoch in ((0.3, 0, 0), (0.3, 1, 0), (0.3, 0, 1), (0.9, 0, 0))
+    ]
+    assert all(one != other for one, other in itertools.combinations(drawn, 2))
 
 
 def test_the_best_model_is_kept_unless_an_average_is_asked_for(monkeypatch):
@@ -346,7 +512,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(given, error, mess
         ({"alignment_layer": 1}, "alignment_layer"),
         ({"alignment_layer": -2}, "alignment_layer"),
         ({"output_dir": ""}, "output_dir"),
-        ({"vocab": ""}, "vocab"),
+        *(
+            ({"source": "a", "target": "b", "vocab": "c", name: ""}, name)
+            for name in ("source", "target", "vocab")
+        ),
+        ({"vocab": "a", "target_vocab": "", "tied": "none"}, "target_vocab"),
+        ({"source": "a", "alignments": "", "criterion": ALIGNED}, "alignments"),
         ({"columns": (0, 1)}, "columns"),
         ({"valid": ("a",), "source": "a"}, "valid"),
     ],
