@@ -33,7 +33,14 @@ from nlpfast.nn.packing import Packing
 from nlpfast.optim import Adamax
 
 from .bench_training import checked, distance
-from .eager_translation import Uncached, aligned_loss, decode, encode, smoothed_loss
+from .eager_translation import (
+    Uncached,
+    aligned_loss,
+    decode,
+    encode,
+    log_probabilities_of,
+    smoothed_loss,
+)
 from .measure import Settings
 from .process_memory import measured, megabytes_of
 
@@ -168,17 +175,14 @@ def passes(case: Case, implementation: str, settings: Settings, copies: int) -> 
 def errors(case: Case, implementations: Sequence[str], settings: Settings) -> dict[str, dict[str, float]]:
     """Return errors against float64 without dropout, over the largest value.
 
-    They are of loss and gradients on the first sentences; of a beam search, of its scores.
+    They are of loss and gradients on the first sentences; of a beam search, of the scores of what it found.
     """
     if isinstance(case, Translating):
-        exact = _Search(case, UNCACHED, torch.float64).scores()
-        found = {
-            name: {"scores": distance(_Search(case, name).scores(), exact)}
-            for name in dict.fromkeys((UNCACHED, *implementations))
-        }
-        return checked(
-            case.name, {n: {**e, "loss": 0.0} for n, e in found.items()}, UNCACHED, implementations
-        )
+        off = {}
+        for name in dict.fromkeys((UNCACHED, *implementations)):
+            said, exact = _Search(case, name).scores()
+            off[name] = {"scores": distance(said, exact), "loss": 0.0}
+        return checked(case.name, off, UNCACHED, implementations)
     exact_step = Step(case, EAGER, 0.0, torch.float64, count=COMPARED).results()
     distances = {}
     for name in dict.fromkeys((EAGER, *implementations)):
@@ -300,10 +304,10 @@ class Step:
 class _Search:
     """A model with sentences to translate."""
 
-    def __init__(self, case: Translating, implementation: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, case: Translating, implementation: str) -> None:
         torch.manual_seed(0)
-        model = Transformer(config(0.0)).to(dtype).eval()
-        self.half = case.dtype == torch.bfloat16 and dtype != torch.float64
+        model = Transformer(config(0.0)).eval()
+        self.half = case.dtype == torch.bfloat16
         self.model: Any = Uncached(model) if implementation == UNCACHED else model
         sources, _ = _sentences(SENTENCES)
         rows = [[*row, model.config.eos_id] for row in sources]
@@ -317,9 +321,15 @@ class _Search:
                 self.model, self.source, self.lengths, beam=BEAM, max_len_b=LONGEST, min_length=LONGEST
             )
 
-    def scores(self) -> dict[str, Tensor]:
-        """Return the score of each sentence's best translation."""
-        return {"scores": torch.tensor([best[0].score for best in self.step()], dtype=torch.float64)}
+    def scores(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the score of each sentence's best translation, and what float64 says of these."""
+        best = [found[0] for found in self.step()]
+        model: Transformer = getattr(self.model, "model", self.model)
+        eos, bos = model.config.eos_id, model.config.bos_id
+        tokens = torch.tensor([[bos, *hypothesis.tokens, eos] for hypothesis in best])
+        right = log_probabilities_of(model, self.source, tokens) / (LONGEST + 1)
+        said = torch.tensor([hypothesis.score for hypothesis in best], dtype=torch.float64)
+        return {"scores": said}, {"scores": right}
 
 
 def memory(case: Case, implementation: str) -> float | None:

@@ -8,6 +8,7 @@ Shapes: B sentences, S source tokens and T target tokens of the longest, H heads
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -18,7 +19,7 @@ from nlpfast.models.transformer import Transformer
 from nlpfast.models.transformer_layers import DecoderLayer, Embeddings, EncoderLayer, sinusoids
 from nlpfast.nn.sequence_attention import CrossAttention, SelfAttention
 
-__all__ = ["Uncached", "aligned_loss", "decode", "encode", "smoothed_loss"]
+__all__ = ["Uncached", "aligned_loss", "decode", "encode", "log_probabilities_of", "smoothed_loss"]
 
 
 def encode(model: Transformer, source: Tensor) -> Tensor:
@@ -82,6 +83,21 @@ def smoothed_loss(logits: Tensor, target_out: Tensor, pad_id: int, label_smoothi
     nll, smooth = nll.masked_fill(padding, 0.0).sum(), smooth.masked_fill(padding, 0.0).sum()
     eps = label_smoothing / (logits.shape[-1] - 1)
     return (1.0 - label_smoothing - eps) * nll + eps * smooth
+
+
+@torch.no_grad()
+def log_probabilities_of(model: Transformer, source: Tensor, tokens: Tensor) -> Tensor:
+    """Return the logarithm of the probability of whole translations, in float64, [B].
+
+    Args:
+        model: of any dtype; stays as it is.
+        source: int64 [B, S].
+        tokens: int64 [B, T + 1], from BOS to EOS, all of one length.
+    """
+    exact = copy.deepcopy(model).double()
+    features, _ = decode(exact, tokens[:, :-1], encode(exact, source), source)
+    log_probs = F.linear(features, exact.output_weight).log_softmax(-1)
+    return log_probs.gather(-1, tokens[:, 1:, None]).sum((1, 2))
 
 
 def aligned_loss(probabilities: Tensor, pairs: Tensor, heads: int) -> Tensor:
