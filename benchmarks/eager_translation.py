@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from nlpfast.models.transformer import Transformer
 from nlpfast.models.transformer_layers import DecoderLayer, Embeddings, EncoderLayer, sinusoids
 from nlpfast.nn.sequence_attention import CrossAttention, SelfAttention
 
-__all__ = ["Uncached", "aligned_loss", "decode", "encode", "log_probabilities_of", "smoothed_loss"]
+__all__ = ["Uncached", "aligned_loss", "decode", "encode", "log_probabilities_of", "padded", "smoothed_loss"]
 
 
 def encode(model: Transformer, source: Tensor) -> Tensor:
@@ -83,6 +84,17 @@ def smoothed_loss(logits: Tensor, target_out: Tensor, pad_id: int, label_smoothi
     nll, smooth = nll.masked_fill(padding, 0.0).sum(), smooth.masked_fill(padding, 0.0).sum()
     eps = label_smoothing / (logits.shape[-1] - 1)
     return (1.0 - label_smoothing - eps) * nll + eps * smooth
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Return the tokens of sentences one below the other, int64 [B, longest].
+
+    Args:
+        rows: tokens of each.
+        pad_id: token that fills up.
+    """
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
 
 
 @torch.no_grad()
