@@ -110,6 +110,10 @@ class TrialServer:
                 name of what happens there, one of `ACTIONS`.
             kill_after: send SIGKILL after as many seconds.
             limit: after as many seconds the trial is killed, and a TimeoutError.
+
+        Raises:
+            LookupError: there is no such function.
+            TimeoutError: the limit was reached.
         """
         if not isinstance(function, str):
             function = f"{function.__module__}:{function.__name__}"
@@ -129,6 +133,8 @@ class TrialServer:
         except OSError as error:
             raise self._lost() from error
         reply = self._reply(limit + LIMIT_SECONDS)
+        if "missing" in reply:
+            raise LookupError(f"{function} cannot be imported:\n{reply['missing']}")
         if reply["code"] is None:
             raise TimeoutError(f"{function} ran for more than {limit} s:\n{reply['text']}")
         calls = [line.split("\t") for line in reply["calls"].splitlines()]
@@ -239,8 +245,8 @@ def _trial(request: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
     try:
         function = _resolve(request["function"])
-    except Exception:
-        return {"code": 1, "text": traceback.format_exc(), "calls": ""}
+    except (ImportError, AttributeError):
+        return {"missing": traceback.format_exc()}
     output, calls = os.memfd_create("output"), os.memfd_create("calls")
     pid = os.fork()
     if pid == 0:

@@ -136,8 +136,13 @@ def test_how_functions_end(trials: TrialServer) -> None:
     assert [trials.run(leave, code).code for code in (None, 0, 143, "text")] == [0, 0, 143, 1]
     failed = trials.run("os:mkdir", "/proc/nothing")
     assert failed.code == 1 and failed.text.startswith("Traceback") and "/proc/nothing" in failed.text
-    missing = trials.run("nowhere:nothing")
-    assert missing.code == 1 and "No module named 'nowhere'" in missing.text
+    # no failure of a function, or a trial that is to fail would pass without one
+    for name, reason in (
+        ("nowhere:nothing", "No module named 'nowhere'"),
+        ("os:nothing", "has no attribute"),
+    ):
+        with pytest.raises(LookupError, match=reason):
+            trials.run(name)
 
 
 def test_killed_after_some_time(trials: TrialServer, tmp_path: Path) -> None:
