@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nlpfast.files import flush
 
@@ -20,9 +21,12 @@ __all__ = [
     "check_weights",
     "model_type",
     "read_config",
+    "read_model",
     "read_weights",
     "write",
 ]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -169,3 +173,29 @@ def _unreadable(path: Path, error: OSError) -> OSError:
     # the class stays that of the cause, such as FileNotFoundError
     reason = error.strerror or ("no such file" if isinstance(error, FileNotFoundError) else str(error))
     return type(error)(f"{path}: cannot be read ({reason}); give a folder with a saved model")
+
+
+def read_model(folder: str | Path, model_type: str, build: Callable[[dict[str, Any]], Model]) -> Model:
+    """Return a saved model in evaluation mode, on the CPU, in the dtype in which it was saved.
+
+    Args:
+        folder: a saved model.
+        model_type: the kind of model that is expected.
+        build: makes a model of the fields of config.json; ValueError when there is none of these.
+
+    Raises:
+        OSError: when a file is missing or unreadable; names it.
+        ValueError: when a file is damaged, or its keys or shapes are not those of the configuration; names
+            the file.
+    """
+    fields = read_config(folder, model_type)
+    try:
+        # no memory and no random numbers for weights that the file replaces
+        with torch.device("meta"):
+            model = build(fields)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / CONFIG_FILE}: {error}") from error
+    state = read_weights(folder)
+    check_weights(folder, model.state_dict(), state)
+    model.load_state_dict(state, assign=True)
+    return model.eval()

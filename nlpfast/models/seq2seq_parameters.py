@@ -95,15 +95,4 @@ class Seq2SeqParameters(nn.Module):
             ValueError: when a file is damaged, or its keys or shapes are not those of the configuration;
                 names the file, the key and both shapes.
         """
-        fields = pretrained.read_config(folder, "seq2seq")
-        try:
-            config = Seq2SeqConfig.from_dict(fields)
-        except ValueError as error:
-            raise ValueError(f"{Path(folder) / pretrained.CONFIG_FILE}: {error}") from error
-        # no memory and no random numbers for weights that the file replaces
-        with torch.device("meta"):
-            model = cls(config)
-        state = pretrained.read_weights(folder)
-        pretrained.check_weights(folder, model.state_dict(), state)
-        model.load_state_dict(state, assign=True)
-        return model.eval()
+        return pretrained.read_model(folder, "seq2seq", lambda fields: cls(Seq2SeqConfig.from_dict(fields)))

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from nlpfast.models import pretrained
@@ -65,17 +64,9 @@ class TransformerPretrained(nn.Module):
             ValueError: when a file is damaged, or its keys or shapes are not those of the configuration;
                 names the file.
         """
-        fields = pretrained.read_config(folder, MODEL_TYPE)
-        try:
-            # no memory and no random numbers for weights that the file replaces
-            with torch.device("meta"):
-                model = cls(TransformerConfig.from_dict(fields))
-        except ValueError as error:
-            raise ValueError(f"{Path(folder) / pretrained.CONFIG_FILE}: {error}") from error
-        state = pretrained.read_weights(folder)
-        pretrained.check_weights(folder, model.state_dict(), state)
-        model.load_state_dict(state, assign=True)
-        return model.eval()
+        return pretrained.read_model(
+            folder, MODEL_TYPE, lambda fields: cls(TransformerConfig.from_dict(fields))
+        )
 
 
 def _name_once(model: TransformerPretrained, state: dict[str, Any], prefix: str, _: Any) -> None:
