@@ -74,8 +74,7 @@ class Block(nn.Module):
         The options are those of `CausalSelfAttention`.
         """
         x = x + self.attn(self.ln1(x), layer_past, prefix_lengths=prefix_lengths, packing=packing)
-        x = x + self.mlp(self.ln2(x))
-        return x
+        return x + self.mlp(self.ln2(x))
 
 
 class GPT(nn.Module):
@@ -169,6 +168,20 @@ class GPT(nn.Module):
         logits = self.head(x)
         return logits, None if targets is None else cross_entropy(logits, targets, ignore_index=ignored)
 
+    def features(self, idx: Tensor, packing: Packing) -> Tensor:
+        """Return what `head` makes logits of; [N] -> [N, C].
+
+        Args:
+            idx: tokens of a packed batch.
+            packing: where its sequences begin and end.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        check_call(self.config, idx, None, None, packing)
+        out: Tensor = self.ln_f(self._last_layer(idx, packing=packing))
+        return out
+
     def _last_layer(
         self,
         idx: Tensor,
@@ -199,12 +212,10 @@ class GPT(nn.Module):
         return words
 
     def _embedded(self, idx: Tensor, packing: Packing | None) -> Tensor:
-        x = self._words(idx)
-        if packing is None:
-            x = x + self.pos_emb[:, : idx.shape[1]]
-        else:
-            x = x + F.embedding(packing.positions(len(idx)), self.pos_emb[0])
-        out: Tensor = self.drop(x)
+        places = self.pos_emb[:, : idx.shape[-1]]
+        if packing is not None:
+            places = F.embedding(packing.positions(len(idx)), self.pos_emb[0])
+        out: Tensor = self.drop(self._words(idx) + places)
         return out
 
     def _through_blocks(self, x: Tensor, cache: GPTCache | None = None, **options: Any) -> Tensor:
