@@ -198,7 +198,8 @@ def config(dropout: float) -> TransformerConfig:
     return TransformerConfig(**sizes, d_model=C, heads=H, d_ff=D_FF, dropout=dropout)
 
 
-def _sentences(count: int) -> tuple[list[list[int]], list[list[int]]]:
+def sentences(count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Return random sources and targets, as many as asked for, with the lengths of `LENGTHS`."""
     generator = torch.Generator().manual_seed(1)
     sides: tuple[list[list[int]], list[list[int]]] = [], []
     for lengths in LENGTHS[:count]:
@@ -224,7 +225,7 @@ class Step:
         self.eager = implementation == EAGER
         self.half = case.dtype == torch.bfloat16 and dtype != torch.float64
         special = {name: getattr(self.model.config, name) for name in ("pad_id", "bos_id", "eos_id")}
-        sources, targets = _sentences(count)
+        sources, targets = sentences(count)
         pairs = None
         if case.aligned and implementation != UNSUPERVISED:
             links = [(b, t, t % len(sources[b])) for b, row in enumerate(targets) for t in range(len(row))]
@@ -298,7 +299,7 @@ class _Search:
         model = Transformer(config(0.0)).eval()
         self.half = case.dtype == torch.bfloat16
         self.model: Any = eager.Uncached(model) if implementation == UNCACHED else model
-        sources, _ = _sentences(SENTENCES)
+        sources, _ = sentences(SENTENCES)
         rows = [[*row, model.config.eos_id] for row in sources]
         self.source = eager.padded(rows, model.config.pad_id)
         self.lengths = torch.tensor([len(row) for row in rows])

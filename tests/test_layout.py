@@ -41,6 +41,7 @@ RANKS = {
     "dispatch": 1,
     **dict.fromkeys(("ops", "data"), 2),
     **dict.fromkeys(("nn", "hf", "decoding", "metrics", "alignment", "plot_run", "hypotheses"), 3),
+    "sentence_rewards": 3,
     **dict.fromkeys(("convert", "beam_search", "sampling"), 4),
     "nlpfast": 5,
     **dict.fromkeys(("models", "plot"), 6),

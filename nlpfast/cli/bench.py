@@ -17,7 +17,7 @@ from nlpfast.cli.options import UsageError
 from nlpfast.files import replacing
 
 # The benchmarks of whole models, besides those of the ops: they have no backend to name, and a CPU.
-MODELS = ("modules", "training", "bert", "translation")
+MODELS = ("modules", "training", "bert", "translation", "dual")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         choices=[*ops(), *MODELS],
         help="the op to measure; or on a CPU modules, models before and after the switch, training, whole "
-        "steps against eager code, bert, those of a packed BERT against padding, or translation, steps of a "
-        "Transformer and its beam search (all)",
+        "steps against eager code, bert, those of a packed BERT against padding, translation, steps of a "
+        "Transformer and its beam search, or dual, steps of two that teach each other (all)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="fewer sizes: 70 seconds on a CPU, 3 minutes on a GPU"

@@ -191,6 +191,7 @@ class TranslationDataset(Dataset[TranslationBatch]):
     same seed, in every epoch; the Trainer mixes their order.
 
     Attributes:
+        pairs: the pairs of sentences.
         epoch: the epoch for which sentences are encoded anew; 0 at first.
         count: targets that count in all batches, as the pairs are encoded: tokens and EOS.
     """
@@ -238,7 +239,7 @@ class TranslationDataset(Dataset[TranslationBatch]):
         if max_sentences is not None and max_sentences < 1:
             raise ValueError(f"max_sentences={max_sentences} must be >= 1, or None for any; raise it")
         self.epoch = 0
-        self._pairs, self._alignments, self._encode = pairs, alignments, encode
+        self.pairs, self._alignments, self._encode = pairs, alignments, encode
         self._special = (pad_id, bos_id, eos_id)
         source, target = pairs.source.lengths() + 1, pairs.target.lengths() + 1
         longer = np.maximum(source, target)
@@ -267,18 +268,18 @@ class TranslationDataset(Dataset[TranslationBatch]):
         return _packed(self._tokens(0, rows), self._tokens(1, rows), self._special, links)
 
     def _tokens(self, side: int, rows: NDArray[np.int64]) -> TokenLists:
-        tokens = (self._pairs.source, self._pairs.target)[side].take(rows)
+        tokens = (self.pairs.source, self.pairs.target)[side].take(rows)
         if self._encode is None:
             return tokens
-        found = self._encode(side, self._pairs.rows[rows].tolist(), self.epoch)
-        longest = self._pairs.max_length - 1
+        found = self._encode(side, self.pairs.rows[rows].tolist(), self.epoch)
+        longest = self.pairs.max_length - 1
         both = zip(found, tokens.lists(), strict=True)
         return TokenLists.of([anew if 1 <= len(anew) <= longest else kept for anew, kept in both])
 
     def source(self, index: int) -> str:
         """Return where the first pairs of a batch are from, ``file:line, file:line, ...``."""
         rows = self.rows(index).tolist()
-        return ", ".join([*map(self._pairs.place, rows[:FIRST]), *["..."] * (len(rows) > FIRST)])
+        return ", ".join([*map(self.pairs.place, rows[:FIRST]), *["..."] * (len(rows) > FIRST)])
 
 
 def _cuts(

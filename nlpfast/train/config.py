@@ -210,34 +210,3 @@ class TrainerConfig:
                 raise ConfigError("warmup_steps", steps, rule)
         if warmup is not None and final is not None and warmup >= final and schedule != "constant":
             raise ConfigError("warmup_tokens", warmup, f"give less than final_tokens, which is {final}")
-
-
-@dataclasses.dataclass(kw_only=True)
-class LanguageModelOptions:
-    """Which text to train a character language model on, the model's size, and where results go.
-
-    Raises:
-        ConfigError: a value outside its bounds.
-    """
-
-    text: str | None = option(None, "UTF-8 text to train on (embedded biographies)", metavar="FILE")
-    biographies: int = option(
-        2000, "how many embedded biographies, without --text", least=1, most=5000, fixed=True
-    )
-    output_dir: str = option("runs/lm", "folder for the log and the checkpoints", metavar="DIR")
-    overwrite: bool = option(False, "replace the checkpoints of an earlier run in --output-dir")
-    n_layer: int = option(4, "blocks of the model", least=1, fixed=True)
-    n_head: int = option(4, "attention heads of a block", least=1, fixed=True)
-    n_embd: int = option(128, "width of the model", least=1, fixed=True)
-    block_size: int = option(64, "characters the model sees at once", least=1, fixed=True)
-    dropout: float = option(
-        0.0, "dropout of embeddings, attention and residuals", least=0, most=1, fixed=True
-    )
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        check_options(self)
-        if self.n_embd % self.n_head:
-            raise ConfigError("n_embd", self.n_embd, f"give a multiple of n_head, which is {self.n_head}")
-        if not self.output_dir:
-            raise ConfigError("output_dir", self.output_dir, "give the name of a folder")

@@ -1,4 +1,4 @@
-"""Character language models: from a text and options to a trained GPT on disk."""
+"""Character language models: from a text and options to a trained model on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from nlpfast.data.characters import read_characters
 from nlpfast.data.text import CharDataset, CharVocabulary, DataError, biography_text, read_text
 from nlpfast.data.token_cache import Tokens
 from nlpfast.models.gpt import GPT, GPTConfig
-from nlpfast.train.config import LanguageModelOptions, TrainerConfig
+from nlpfast.models.rnnlm import RNNLM, RNNLMConfig
+from nlpfast.train.config import ConfigError, TrainerConfig
+from nlpfast.train.language_model_options import LanguageModelOptions
 from nlpfast.train.objective import loss_alone
 from nlpfast.train.random_state import set_seed
 from nlpfast.train.task_run import own_dropout, run_task
@@ -34,7 +36,7 @@ class LanguageModelRun:
         parameters: number of weights.
     """
 
-    model: GPT
+    model: GPT | RNNLM
     state: TrainState
     checkpoint: Path
     parameters: int
@@ -85,10 +87,42 @@ def _read(options: LanguageModelOptions, seed: int) -> tuple[Tokens, CharVocabul
     return vocabulary.encode(text).numpy(), vocabulary, about
 
 
+def build_language_model(
+    options: LanguageModelOptions, config: TrainerConfig, tokens: int, longest: int, **special: int | None
+) -> GPT | RNNLM:
+    """Return a new model.
+
+    Args:
+        options: its kind and sizes.
+        config: the training loop's settings.
+        tokens: of the vocabulary.
+        longest: the most tokens that a GPT reads; an RNN reads any number.
+        **special: pad_id, bos_id and eos_id, which an RNN's configuration holds; None of those that the
+            vocabulary has not.
+
+    Raises:
+        ConfigError: the processes of the run cannot share this kind of model.
+    """
+    if options.model == "rnn":
+        if config.strategy == "fsdp":
+            raise ConfigError("strategy", "fsdp", "an RNN is not shared in parts, use ddp")
+        sizes: dict[str, Any] = {"embed_size": options.embed_size, "hidden_size": options.hidden_size}
+        sizes |= {"layers": options.n_layer, "dropout": options.dropout, **special}
+        return RNNLM(RNNLMConfig(vocab_size=tokens, **sizes))
+    names = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+    sizes = {"n_layer": options.n_layer, "n_head": options.n_head, "n_embd": options.n_embd}
+    return GPT(GPTConfig(tokens, longest, **sizes, **dict.fromkeys(names, options.dropout)))
+
+
+def model_width(options: LanguageModelOptions) -> int:
+    """Return the channels of a model, for the schedule "noam"."""
+    return options.n_embd if options.model == "gpt" else options.hidden_size
+
+
 def train_language_model(
     options: LanguageModelOptions, config: TrainerConfig, *, resume: str | None = None, quiet: bool = False
 ) -> LanguageModelRun:
-    """Train a GPT on characters and write `log.jsonl`, `last/` and `best/` to `options.output_dir`.
+    """Train a model on characters and write `log.jsonl`, `last/` and `best/` to `options.output_dir`.
 
     Everything that can be wrong with options and text is found before anything is written. Seeds the
     generators of Python, NumPy and PyTorch with `config.seed`. Under torchrun each of its processes calls
@@ -109,9 +143,14 @@ def train_language_model(
         KeyboardInterrupt: after SIGINT, once the run is saved.
         Terminated: after SIGTERM or SIGUSR1, once the run is saved.
     """
+    if options.vocab is not None:
+        rule = "sentences are for train_sentence_language_model, call that or leave it out"
+        raise ConfigError("vocab", options.vocab, rule)
     trainer, state = run_task(options, config, _prepared, resume=resume, quiet=quiet)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return LanguageModelRun(cast(GPT, trainer.model), state, Path(options.output_dir) / "best", parameters)
+    return LanguageModelRun(
+        cast(GPT | RNNLM, trainer.model), state, Path(options.output_dir) / "best", parameters
+    )
 
 
 def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool) -> tuple[Trainer, str]:
@@ -120,18 +159,9 @@ def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool)
     source = metadata["text"]
     train, validation = split_tokens(tokens, vocabulary, options.block_size, source)
     set_seed(config.seed)
-    model = GPT(
-        GPTConfig(
-            len(vocabulary),
-            options.block_size,
-            n_layer=options.n_layer,
-            n_head=options.n_head,
-            n_embd=options.n_embd,
-            embd_pdrop=options.dropout,
-            attn_pdrop=options.dropout,
-            resid_pdrop=options.dropout,
-        )
-    )
+    # none of the characters is a special one
+    special = dict.fromkeys(("pad_id", "bos_id", "eos_id"))
+    model = build_language_model(options, config, len(vocabulary), options.block_size, **special)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines = f"{metadata['data']['used']:,} lines used, " if "data" in metadata else ""
     metadata |= {"vocabulary": vocabulary.chars, "options": dataclasses.asdict(options)}
@@ -142,11 +172,11 @@ def _prepared(options: LanguageModelOptions, config: TrainerConfig, quiet: bool)
         output_dir=options.output_dir,
         metadata=metadata,
         quiet=quiet,
-        width=options.n_embd,
+        width=model_width(options),
     )
     own_dropout(trainer)
     return trainer, (
         f"{source}: {lines}{len(tokens):,} characters, {len(vocabulary)} distinct; "
-        f"GPT of {parameters:,} parameters; "
+        f"{options.model.upper()} of {parameters:,} parameters; "
         f"{trainer.total_steps():,} steps on {config.device}, {config.dtype}"
     )

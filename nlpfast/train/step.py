@@ -182,11 +182,7 @@ class OptimizerStep:
             )
         else:
             self.scaler.unscale_(self.optimizer)
-            parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-            total_norm = whole(nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters]))
-            if self.config.grad_norm_clip is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.config.grad_norm_clip, total_norm)
-            norm = float(total_norm)
+            norm = self._clipped()
             if not math.isfinite(norm) and not self.scaler.is_enabled():
                 self._leave_out("gradient norm", norm, batches)
                 value = math.nan
@@ -197,6 +193,16 @@ class OptimizerStep:
         state.step += 1
         state.due = True
         self.meter.add(value, tokens, norm)
+
+    def _clipped(self) -> float:
+        """Clip the gradients, and return the norm that they had together."""
+        norms = []
+        for part in getattr(self.model, "clipped_apart", (self.model,)):
+            parameters = [parameter for parameter in part.parameters() if parameter.grad is not None]
+            norms.append(whole(nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])))
+            if self.config.grad_norm_clip is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.grad_norm_clip, norms[-1])
+        return math.hypot(*map(float, norms))
 
     def _set_learning_rate(self, tokens: int) -> None:
         state, config = self.state, self.config

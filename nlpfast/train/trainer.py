@@ -49,7 +49,8 @@ class Trainer:
 
     Args:
         model: any module; `configure_optimizers(config)` is used if it has one, else `build_optimizer` with
-            decay of the weights of linear layers alone.
+            decay of the weights of linear layers alone. Gradients of the modules in `clipped_apart`, if it
+            has that, are clipped each by a norm of its own.
         train_dataset: a data set with a length; its `source(index)`, if it has one, names examples in
             messages.
         config: the settings.

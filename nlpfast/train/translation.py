@@ -38,7 +38,15 @@ from nlpfast.train.trainer import Trainer, TrainState
 from nlpfast.train.translation_data import TranslationData, read_translation_data
 from nlpfast.train.translation_options import TranslationConfig, TranslationOptions
 
-__all__ = ["TranslationLoss", "TranslationRun", "build_model", "packings", "train_translation"]
+__all__ = [
+    "TranslationLoss",
+    "TranslationRun",
+    "Validation",
+    "build_model",
+    "finished",
+    "packings",
+    "train_translation",
+]
 
 
 @dataclasses.dataclass
@@ -120,12 +128,24 @@ def build_model(
     return Transformer(TransformerConfig(**sizes))
 
 
-class _Validation:
-    """Loss and BLEU of the validation text."""
+class Validation:
+    """Loss and BLEU of the validation text, for a trainer.
+
+    Attributes:
+        latest: figures of the last evaluation, by name.
+    """
 
     def __init__(
         self, data: TranslationData, options: TranslationOptions, config: TrainerConfig, loss: TranslationLoss
     ) -> None:
+        """Take over the text and how it is evaluated.
+
+        Args:
+            data: of the run.
+            options: how many sentences are translated, how, and what makes an evaluation the best.
+            config: device and precision.
+            loss: of which the parts are logged.
+        """
         self.batches, self.options, self.config, self.loss = data.validation, options, config, loss
         self.vocabularies = (data.source, data.target)
         text = data.sentences
@@ -134,6 +154,12 @@ class _Validation:
         self.latest: dict[str, float] = {}
 
     def __call__(self, model: nn.Module, pause: Callable[[], None]) -> dict[str, float]:
+        """Return the figures; see `score_fn` of a trainer.
+
+        Args:
+            model: in evaluation mode.
+            pause: is called between batches.
+        """
         sums = dict.fromkeys(("smoothed", "nll", "accuracy"), 0.0)
         targets, device = 0, torch.device(self.config.device)
         for number in range(len(self.batches)):
@@ -184,13 +210,24 @@ def train_translation(
     trainer, state = run_task(
         *(options, config, functools.partial(_prepared, made=made)), resume=resume, quiet=quiet
     )
-    folder, data = Path(options.output_dir), made[0]
+    return finished(trainer, state, made[0])
+
+
+def finished(trainer: Trainer, state: TrainState, data: TranslationData) -> TranslationRun:
+    """Write `model/`, the mean of the kept models or the best one, with the vocabulary, and say what it is.
+
+    Args:
+        trainer: at the end of a run, with `Validation` for its scores.
+        state: of the run.
+        data: likewise.
+    """
+    folder = cast(Path, trainer.output_dir)
     if trainer.processes.rank == 0:
-        best = folder / (AVERAGED if config.average else "best")
+        best = folder / (AVERAGED if trainer.config.average else "best")
         load_model(best).save_pretrained(folder / "model")
         save_vocabularies(folder / "model", data.source, data.target)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return TranslationRun(state, cast(_Validation, trainer.score_fn).latest, folder / "model", parameters)
+    return TranslationRun(state, cast(Validation, trainer.score_fn).latest, folder / "model", parameters)
 
 
 def _prepared(
@@ -217,7 +254,7 @@ def _prepared(
         loss_fn=cast(Callable[[nn.Module, Any], Tensor], loss),
         count_fn=cast(Callable[[Any], int], count_targets_of),
         collate_fn=cast(Callable[[list[Any]], Any], first),
-        score_fn=_Validation(data, options, config, loss),
+        score_fn=Validation(data, options, config, loss),
         output_dir=options.output_dir,
         metadata={**data.facts, "options": dataclasses.asdict(options)},
         quiet=quiet,

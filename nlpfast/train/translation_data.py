@@ -85,21 +85,24 @@ def write_invented_pairs(folder: str | Path, count: int, seed: int) -> dict[str,
     return paths
 
 
-def read_translation_data(options: TranslationOptions, seed: int) -> TranslationData:
+def read_translation_data(
+    options: TranslationOptions, seed: int, *, vocabularies: tuple[Subwords, Subwords] | None = None
+) -> TranslationData:
     """Read text, vocabularies and alignments, and cut batches.
 
     Args:
         options: which; without a source the invented languages are written to `data/` of the run's folder.
         seed: of what is drawn.
+        vocabularies: of source and target; None for those that the options name.
 
     Raises:
         DataError: a file is missing or damaged, or two do not belong together.
         OSError: a file cannot be written.
     """
     # before anything is written
-    named = _named(options)
+    named = vocabularies or _named(options)
     options = _with_files(options, seed)
-    assert options.source is not None
+    assert options.source is not None and options.max_tokens is not None
     text = read_parallel_text(options.source, options.target, columns=options.columns)
     if options.valid is not None:
         training, validation = text, read_parallel_text(*options.valid)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from nlpfast.train.config import ConfigError, TrainerConfig, check_options, option
 
 __all__ = ["ALIGNED", "CRITERIA", "WITHOUT", "TranslationConfig", "TranslationOptions"]
+
+Config = TypeVar("Config", bound="TranslationConfig")
 
 ALIGNED = "label_smoothed_cross_entropy_with_alignment"
 CRITERIA = ("label_smoothed_cross_entropy", ALIGNED)
@@ -50,7 +52,7 @@ class TranslationConfig(TrainerConfig):
             self.max_epochs = 10
         super().__post_init__()
 
-    def planned(self, steps: int) -> TranslationConfig:
+    def planned(self: Config, steps: int) -> Config:
         """Return the settings of a run of which an epoch has so many steps, as far as they follow from it.
 
         Without a word of it a run is evaluated once an epoch, and its warm-up takes an eighth of its steps,
@@ -111,7 +113,9 @@ class TranslationOptions:
     max_ratio: float | None = option(
         None, "skip pairs of which a side has more times as many subwords (none)", least=1, fixed=True
     )
-    max_tokens: int = option(2048, "subwords of either side in a batch", least=2, fixed=True)
+    max_tokens: int | None = option(
+        None, "subwords of either side in a batch (2048; 512 of the invented languages)", least=2, fixed=True
+    )
 
     model: str = option("transformer", "kind of model", choices=MODELS, fixed=True)
     encoder_layers: int = option(3, "layers of the transformer that read", least=1, fixed=True)
@@ -161,6 +165,9 @@ class TranslationOptions:
     def __post_init__(self) -> None:
         """Check every value."""
         check_options(self)
+        if self.max_tokens is None:
+            # an epoch of few sentences has too few steps otherwise
+            self.max_tokens = 2048 if self.source is not None else 512
         for name in ("output_dir", "vocab", "target_vocab", "source", "target", "alignments"):
             if getattr(self, name) == "":
                 raise ConfigError(name, "", "give a name")

@@ -92,7 +92,9 @@ TRAIN_WORDS = [
     *see("train lm", "--num-workers two", "--eval-every often", "--eval-batches all", "--eval-batch-size x"),
     *see("train lm", "--save-every x", "--log-every never", "--skip-nonfinite x", "--strategy"),
     *see("train lm", "--warmup-steps few", "--plateau-patience much", "--early-stop=yes", "--average all"),
-    *see("train lm", "--optimizer"),
+    *see("train lm", "--optimizer", "--vocab", "--valid", "--max-length", "--max-length x", "--model"),
+    *see("train lm", "--embed-size x", "--hidden-size 1.5"),
+    *each(LM, USAGE, "choose from 'gpt', 'rnn'", "--model lstm", "--model transformer"),
     *each(LM, USAGE, "choose from 'adamw', 'adam', 'adamax', 'sgd'", "--optimizer lamb"),
     *each(LM, USAGE, "choose from 'cosine'", "--schedule linear", "--schedule Cosine"),
     *each(LM, USAGE, "choose from 'float32'", "--dtype int8", "--dtype fp16", "--dtype float64"),
@@ -140,10 +142,25 @@ TRAIN_BOUNDS = [
     *each(LM, USAGE, "give cpu or auto", "--device cuda:99"),
     *each(LM, USAGE, "name a folder", "--output-dir file", "--output-dir file/below"),
     *each(LM, USAGE, "the name of a folder", "--output-dir ''"),
+    *each(LM, USAGE, "at least 1", "--embed-size 0", "--hidden-size -1", "--n-layer 0 --model rnn"),
+    *each(LM, USAGE, "at least 2 and at most 1024", "--max-length 1", "--max-length 1025"),
+    *each(LM, USAGE, "give a name", "--vocab ''", "--valid ''"),
+    *each(LM, USAGE, "name their file by --text too", "--vocab pieces"),
+    *each(LM, USAGE, "add --vocab", "--valid good.txt", "--valid good.txt --text good.txt"),
+    ("train lm --model rnn --strategy fsdp", USAGE, "--strategy fsdp", "use ddp"),
     *each(LM, USAGE, "name another folder or add --overwrite", "--output-dir run"),
 ]
 TEXT = "train lm --text {}"
+LINES = "train lm --vocab pieces --text {}"
 TRAIN_DATA = [
+    *each(LINES, DATA, "check the path", "missing.txt", "dangling"),
+    *each(LINES, DATA, "give a text with one a line", "newline.txt", "none"),
+    *each(LINES, DATA, "convert", "bad.txt", "nul.txt"),
+    *each(LINES, DATA, "name a --valid file", "short.txt"),
+    *each(LINES, DATA, "check the text and max_length", "good.txt --max-length 2"),
+    *each("train lm --vocab pieces --text good.txt --valid {}", DATA, "check the path", "missing.txt"),
+    *each("train lm --vocab pieces --text good.txt --valid {}", DATA, "convert", "bad.txt"),
+    *each("train lm --text good.txt --vocab {}", DATA, "a folder of `nlpfast vocab bpe`", "nothing", "whole"),
     *each(TEXT, DATA, "check the path", "missing.txt", "dangling"),
     *each(TEXT, DATA, "give a text file", ".", "nothing", "whole"),
     *each(TEXT, DATA, "give a file with text", "empty.txt", "empty.gz"),
@@ -640,6 +657,29 @@ TRANSLATION_WORDS = [
     ("train translation good.txt", DATA, "good.txt:1", "column"),
     ("train translation --vocab nothing", DATA, "nothing", "vocab"),
 ]
+TRAIN_DUAL = "train dual a b --forward f --backward g --lm-source h --lm-target i {}"
+DUAL_WORDS = [
+    *see("train dual", "--source", "--target", "--valid a", "--columns 1", "--forward", "--backward"),
+    *see("train dual", "--lm-source", "--lm-target", "--output-dir", "--overwrite=yes", "--dsl-lambda x"),
+    *see("train dual", "--dsl-warmup-epochs x", "--length-norm=yes", "--max-length x", "--max-ratio x"),
+    *see("train dual", "--max-tokens x", "--choose-by chance", "--eval-beam x", "--eval-sentences x"),
+    *see("train dual", "--resume", "--max-steps x", "--max-epochs x", "--accumulation-steps x"),
+    *see("train dual", "--learning-rate x", "--betas x 1", "--weight-decay x", "--grad-norm-clip x"),
+    *see("train dual", "--schedule fast", "--optimizer x", "--warmup-tokens x", "--final-tokens x"),
+    *see("train dual", "--warmup-steps x", "--plateau-patience x", "--early-stop x", "--dtype int8"),
+    *see("train dual", "--device", "--seed x", "--num-workers x", "--eval-every x", "--save-every x"),
+    *see("train dual", "--log-every x", "--skip-nonfinite x", "--tensorboard=1", "--average 2"),
+    ("train dual", USAGE, "--source", "name one"),
+    ("train dual a b", USAGE, "--forward", "name one"),
+    ("train dual a b --forward f --backward g --lm-source h", USAGE, "--lm-target", "name one"),
+    ("train dual a b c", USAGE, "c", "give two texts"),
+    *each(TRAIN_DUAL, USAGE, "at least 0", "--dsl-lambda -0.1", "--dsl-warmup-epochs -1"),
+    *each(TRAIN_DUAL, USAGE, "must hold a sentence", "--max-tokens 100"),
+    *each(TRAIN_DUAL, USAGE, "name a folder", "--output-dir file"),
+    *each(TRAIN_DUAL, USAGE, "add --overwrite", "--output-dir run"),
+    (TRAIN_DUAL.replace("{}", ""), 1, "f", "name the folder of a run"),
+    ("train dual --resume nothing", DATA, "nothing", "name the folder"),
+]
 TRANSLATE, EXTRACT = "translate nothing {}", "align extract run a b {}"
 PLOT = "plot attention nothing word {}"
 TRANSLATE_WORDS = [
@@ -668,9 +708,38 @@ TRANSLATE_WORDS = [
     ("plot attention nothing word --output x.png", 1, "nothing", "name the folder of a run"),
 ]
 
+TRAIN_MRT = "train mrt a b --model f {}"
+MRT_WORDS = [
+    *see("train mrt", "--source", "--target", "--valid a", "--columns 1", "--model", "--output-dir"),
+    *see("train mrt", "--overwrite=yes", "--reward rouge", "--samples x", "--baseline-samples x"),
+    *see("train mrt", "--temperature x", "--max-len-a x", "--max-len-b x", "--nll-weight x"),
+    *see("train mrt", "--max-length x", "--max-ratio x", "--max-tokens x", "--eval-beam x"),
+    *see("train mrt", "--eval-sentences x", "--resume", "--max-steps x", "--max-epochs x"),
+    *see("train mrt", "--accumulation-steps x", "--learning-rate x", "--betas x 1", "--weight-decay x"),
+    *see("train mrt", "--grad-norm-clip x", "--schedule fast", "--optimizer x", "--warmup-tokens x"),
+    *see("train mrt", "--final-tokens x", "--warmup-steps x", "--average x", "--plateau-patience x"),
+    *see("train mrt", "--early-stop x", "--dtype int8", "--device", "--seed x", "--num-workers x"),
+    *see("train mrt", "--eval-every x", "--save-every x", "--log-every x", "--skip-nonfinite x"),
+    *see("train mrt", "--tensorboard=1", "--batch-size 3", "--vocab pieces"),
+    ("train mrt", USAGE, "--source", "name it"),
+    ("train mrt a b", USAGE, "--model", "name it"),
+    ("train mrt a b c --model f", USAGE, "c", "give two texts"),
+    ("train mrt a --source b --model f", USAGE, "--source b", "leave one out"),
+    *each(TRAIN_MRT, USAGE, "at least 1", "--samples 0", "--max-len-b 0", "--eval-beam 0"),
+    *each(TRAIN_MRT, USAGE, "at least 0", "--baseline-samples -1", "--max-len-a -1", "--nll-weight -1"),
+    *each(TRAIN_MRT, USAGE, "above 0", "--temperature 0"),
+    *each(TRAIN_MRT, USAGE, "must hold a sentence", "--max-tokens 100"),
+    *each(TRAIN_MRT, USAGE, "give a name", "--output-dir ''"),
+    *each(TRAIN_MRT, USAGE, "name a folder", "--output-dir file"),
+    *each(TRAIN_MRT, USAGE, "add --overwrite", "--output-dir run"),
+    ("train mrt --resume run --output-dir other", USAGE, "--output-dir", "leave it out"),
+    ("train mrt --resume nothing", DATA, "nothing", "name the folder"),
+    ("train mrt good.txt good.txt --model nothing", 1, "nothing", "name the folder of a run"),
+]
+
 BAD = [*VERBS, *TRAIN, *GENERATION, *BIRTHPLACES_WORDS, *BIRTHPLACES_DATA, *ALIGN_WORDS, *ALIGN_DATA, *BENCH]
 BAD += [*VOCAB_WORDS, *VOCAB_DATA, *SUBWORDS, *BERT_WORDS, *SENTENCES_WORDS, *SCORE_PLOT]
-BAD += [*TRANSLATION_WORDS, *TRANSLATE_WORDS]
+BAD += [*TRANSLATION_WORDS, *DUAL_WORDS, *MRT_WORDS, *TRANSLATE_WORDS]
 
 
 PACKED = gzip.compress(bytes(range(32, 127)) * 300, mtime=0)

@@ -56,6 +56,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(translation, name, size)
     monkeypatch.setattr(translation, "CASES", (translation.Training(torch.float32, goal=1e9),))
+    dual = bench.benchmark_module("bench_dual")
+    monkeypatch.setattr(dual, "CASES", (dual.Case(torch.float32, goal=1e9),))
+    # processes of their own, which would train at full size
+    monkeypatch.setattr(dual, "measured", lambda: False)
 
 
 @pytest.mark.parametrize("argv", [["bench"], ["bench", "attention", "--quick"], ["bench", "--threads", "1"]])
@@ -168,8 +172,15 @@ def test_every_op_can_be_measured() -> None:
 
 def test_a_gpu_is_given_what_has_cases_for_one() -> None:
     assert bench._names(None, "cuda:0", None) == OPS
-    assert bench._names(None, "cpu", None) == [*bench.ops(), "modules", "training", "bert", "translation"]
+    assert bench._names(None, "cpu", None) == [
+        *bench.ops(),
+        "modules",
+        "training",
+        "bert",
+        "translation",
+        "dual",
+    ]
     assert bench._names(None, "cpu", "reference") == bench.ops()
-    for name in ("modules", "training", "bert", "translation"):
+    for name in ("modules", "training", "bert", "translation", "dual"):
         with pytest.raises(UsageError, match=f"{name} is not measured with this --device or --backend"):
             bench._names(name, "cuda:0", None)

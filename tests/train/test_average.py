@@ -14,8 +14,9 @@ from nlpfast.models.gpt import GPT
 from nlpfast.train import average, checkpoint
 from nlpfast.train.average import average_models, models_of, remove_models, write_average
 from nlpfast.train.checkpoint import CheckpointError
-from nlpfast.train.config import ConfigError, LanguageModelOptions
+from nlpfast.train.config import ConfigError
 from nlpfast.train.language_model import train_language_model
+from nlpfast.train.language_model_options import LanguageModelOptions
 from nlpfast.train.task_run import check_output_dir
 from nlpfast.train.trainer import Trainer
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import nlpfast
-from nlpfast.train.config import ConfigError, LanguageModelOptions, TrainerConfig, check_options, option
+from nlpfast.train.config import ConfigError, TrainerConfig, check_options, option
+from nlpfast.train.language_model_options import LanguageModelOptions
 
 BAD_TRAINING = [
     ({"max_steps": 0}, "max_steps=0", "at least 1"),

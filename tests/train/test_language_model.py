@@ -8,8 +8,9 @@ import torch
 
 from nlpfast.data.text import CharVocabulary, DataError
 from nlpfast.train import checkpoint
-from nlpfast.train.config import ConfigError, LanguageModelOptions, TrainerConfig
+from nlpfast.train.config import ConfigError, TrainerConfig
 from nlpfast.train.language_model import split_tokens, train_language_model
+from nlpfast.train.language_model_options import LanguageModelOptions
 from nlpfast.train.task_run import check_output_dir
 
 TEXT = "".join(chr(97 + i % 7) for i in range(400)) + "z" * 40

@@ -221,7 +221,7 @@ def test_links_between_words_and_between_subwords_are_the_same(files):
 
 def test_evaluations_translate_as_they_are_told(monkeypatch):
     calls, pauses = [], []
-    evaluate = translation._Validation.__call__
+    evaluate = translation.Validation.__call__
 
     def translate(self, lines, **given):
         text = Path("run/data/valid.target").read_text().splitlines()
@@ -239,7 +239,7 @@ def test_evaluations_translate_as_they_are_told(monkeypatch):
         return evaluate(self, model, count)
 
     monkeypatch.setattr(Translator, "translate", translate)
-    monkeypatch.setattr(translation._Validation, "__call__", counted)
+    monkeypatch.setattr(translation.Validation, "__call__", counted)
     run = train(options(eval_beam=3, eval_sentences=7), settings(dtype="bfloat16"))
     assert calls == [(7, 3, torch.bfloat16)] * 2
     # before each batch of the loss, and whenever the translator does
@@ -428,7 +428,7 @@ def test_dropout_of_subwords_draws_anew_in_every_epoch(files):
 
 def test_the_best_model_is_kept_unless_an_average_is_asked_for(monkeypatch):
     scores = iter((3.0, 2.0, 3.0, 2.0))
-    monkeypatch.setattr(translation._Validation, "__call__", lambda *_: {"score": next(scores)})
+    monkeypatch.setattr(translation.Validation, "__call__", lambda *_: {"score": next(scores)})
     train(options())
     assert same("run/model", "run/best") and not same("run/model", "run/last")
     train(options(output_dir="mean"), settings(average=2))

@@ -1,0 +1,176 @@
+"""A recurrent language model: an LSTM predicts the next token, of sentences or of a text.
+
+    tokens -> tok_emb -> drop -> lstm -> drop -> head -> logits
+
+It is called as `nlpfast.models.gpt.GPT` is, so that what trains one or computes probabilities with it does so
+with both. Sources: Mikolov et al. 2010, "Recurrent neural network based language model"; Zaremba et al. 2014,
+"Recurrent Neural Network Regularization" (dropout before, between and after the layers, not between steps);
+Press and Wolf 2017, "Using the Output Embedding to Improve Language Models" (one matrix for both).
+
+Shapes: B sequences, T tokens of each, or of the longest; N tokens of a packed batch; e embed_size,
+h hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nlpfast.models import pretrained
+from nlpfast.models.gpt_config import outside_vocabulary
+from nlpfast.models.rnnlm_config import MODEL_TYPE, RNNLMConfig, check_call
+from nlpfast.nn.packing import Packing
+from nlpfast.ops.cross_entropy import cross_entropy
+from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
+
+__all__ = ["RNNLM", "RNNLMConfig"]
+
+# embeddings and output are drawn from -INITIAL..INITIAL
+INITIAL = 0.1
+# where they are one matrix, the state dict has it once, by the first name
+FIRST, SECOND = "tok_emb.weight", "head.weight"
+
+
+class RNNLM(nn.Module):
+    """The language model.
+
+    Attributes:
+        config: the configuration it was built from.
+    """
+
+    def __init__(self, config: RNNLMConfig) -> None:
+        """Build the model; embeddings and output come from U(-0.1, 0.1), its bias is 0, the LSTM is torch's.
+
+        Args:
+            config: the sizes.
+        """
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.embed_size)
+        self.drop = nn.Dropout(config.dropout)
+        # of a single layer torch would say that there is nothing between layers
+        between = config.dropout if config.layers > 1 else 0.0
+        self.lstm = nn.LSTM(
+            config.embed_size, config.hidden_size, config.layers, batch_first=True, dropout=between
+        )
+        self.head = nn.Linear(config.hidden_size, config.vocab_size)
+        for weight in (self.tok_emb.weight, self.head.weight):
+            nn.init.uniform_(weight, -INITIAL, INITIAL)
+        nn.init.zeros_(self.head.bias)
+        _tie(self)
+        self.register_state_dict_post_hook(_name_once)
+        self.register_load_state_dict_pre_hook(_name_twice)
+        self.register_load_state_dict_post_hook(_tie)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        return_logits: bool = True,
+        packing: Packing | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the logits of the token after each position, and the loss if targets are given.
+
+        The loss is ``F.cross_entropy(logits.view(-1, V), targets.view(-1))``, in float32. A packed batch
+        gives the loss and the gradients of the padded one whose further targets do not count.
+
+        Args:
+            idx: tokens [B, T], int64 or int32, 0 <= idx < V; [N] with `packing`.
+            targets: the tokens that follow, int64, of the shape of `idx`; -100 where none counts.
+            return_logits: without, and with targets, the loss alone is computed, by ``linear_cross_entropy``,
+                and there are never all logits at once; hooks of `head` are not called.
+            packing: `idx` has several sequences, one after the other; each begins with a state of 0. They may
+                be empty.
+
+        Returns:
+            logits [B, T, V], or [N, V], and a scalar loss, or None in the place of each that was not asked
+            for.
+
+        Raises:
+            ValueError: when the shapes do not fit, or (on the CPU) the packing is of another batch, or a
+                token is outside the vocabulary; a GPU stops with its own assertion in that case.
+        """
+        check_call(idx, targets, packing)
+        x = self._outputs(idx, packing)
+        if targets is not None and not return_logits:
+            return None, linear_cross_entropy(x, self.head.weight, targets, linear_bias=self.head.bias)
+        logits = self.head(x)
+        return logits, None if targets is None else cross_entropy(logits, targets)
+
+    def features(self, idx: Tensor, packing: Packing) -> Tensor:
+        """Return what `head` makes logits of; [N] -> [N, h].
+
+        Args:
+            idx: tokens of a packed batch.
+            packing: where its sequences begin and end.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        check_call(idx, None, packing)
+        return self._outputs(idx, packing)
+
+    def _outputs(self, idx: Tensor, packing: Packing | None) -> Tensor:
+        """Return what the last layer gives, [B, T, h] or [N, h]."""
+        # No token sees what is after it: padding at the ends changes nothing. Of the sentences of a batch,
+        # padded to more than twice their tokens, it takes less time than PyTorch's packed sequences.
+        padded = idx if packing is None else packing.padded(idx)
+        try:
+            words = self.tok_emb(padded)
+        except IndexError:
+            raise outside_vocabulary(idx, self.config.vocab_size) from None
+        # a state adds up over a sentence: it is float32 under autocast too
+        with torch.autocast(idx.device.type, enabled=False):
+            outputs, _ = self.lstm(self.drop(words))
+        out: Tensor = self.drop(outputs if packing is None else outputs[packing.within()])
+        return out
+
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors; a write that fails leaves the files that were there.
+
+        Args:
+            folder: made when missing.
+            state_dict: the weights to be written, where the module has only parts of them; None for its own.
+
+        Raises:
+            OSError: when the folder cannot be made or a file cannot be written; names it.
+        """
+        pretrained.write(folder, self.config.to_dict(), state_dict or self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> RNNLM:
+        """Read a model that `save_pretrained` wrote.
+
+        It comes in evaluation mode, on the CPU, in the dtype in which it was saved. Nothing in the files is
+        executed.
+
+        Args:
+            folder: holds config.json and model.safetensors.
+
+        Raises:
+            OSError: when a file is missing or unreadable; names it.
+            ValueError: when a file is damaged, or its keys or shapes are not those of the configuration;
+                names the file, the key and both shapes.
+        """
+        return pretrained.read_model(folder, MODEL_TYPE, lambda fields: cls(RNNLMConfig.from_dict(fields)))
+
+
+def _tie(model: RNNLM, *_: Any) -> None:
+    """Have one matrix for both; tensors that are loaded may have come in the place of each."""
+    if model.config.tied:
+        model.head.weight = model.tok_emb.weight
+
+
+def _name_once(model: RNNLM, state: dict[str, Any], prefix: str, _: Any) -> None:
+    if model.config.tied:
+        state.pop(prefix + SECOND)
+
+
+def _name_twice(model: RNNLM, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if model.config.tied and prefix + FIRST in state:
+        state.setdefault(prefix + SECOND, state[prefix + FIRST])
