@@ -58,6 +58,8 @@ def test_a_part_counts_the_others_and_leaves_the_whole(tmp_path):
     assert middle.report.skipped["for training"].first == [f"{path}:1", f"{path}:5", f"{path}:6"]
     assert text.report.used == 5
     assert list(text.part(0, 5, "none").report.skipped) == ["empty"]
+    skips = text.part(0, 1, "many").report.skipped["many"]
+    assert (skips.count, len(skips.first)) == (4, 3)
 
 
 class Letters:
@@ -107,6 +109,7 @@ def test_batches_are_of_the_sentences_that_are_given(letters):
     assert batch.tokens_in[:7].tolist() == [2, 7, 8, 9, 2, 5, 6]
     assert count_sentence_targets(batch) == 4 + 3
     assert count_sentence_targets(data.collate([[]])) == 1
+    assert count_sentence_targets(batch._replace(tokens_in=batch.tokens_in + 1)) == 4 + 3
     assert data.source(2) == "sentences:3" and data.report is None
 
 
@@ -115,6 +118,7 @@ def test_special_tokens_are_those_of_the_vocabulary(letters, tmp_path):
     data = SentenceDataset.of_text(text, letters, 9)
     batch = data.collate([data[1]])
     [token] = letters.encode("c")
+    assert len(SentenceDataset.of_text(text.part(1, 2, "other"), letters, 9)) == 1
     assert batch.tokens_in[:2].tolist() == [letters.bos_id, token]
     assert batch.tokens_out[:2].tolist() == [token, letters.eos_id]
     assert batch.tokens_in[-1] == letters.pad_id

@@ -240,6 +240,17 @@ def test_samples_are_drawn_from_the_model_itself():
     assert shared.calls == [True] and found.requires_grad and shared.module.training
 
 
+def test_a_low_temperature_draws_the_most_probable():
+    torch.manual_seed(6)
+    model, pairs = transformer(), batch_of(SOURCES, TARGETS).pairs
+    given = {"samples": 9, "max_len_a": 0.0, "max_len_b": 3}
+    kinds = [
+        [{tuple(sample.tokens) for sample in row} for row in risk(model, temperature=t, **given).draw(pairs)]
+        for t in (1e-9, 1.0)
+    ]
+    assert all(len(row) == 1 for row in kinds[0]) and all(len(row) > 1 for row in kinds[1])
+
+
 @pytest.mark.parametrize(("build", "learning_rate"), [(transformer, 0.01), (rnn, 0.03)])
 def test_rewards_rise(build, learning_rate):
     """From a model that knows nothing to one that copies most sentences, by rewards alone."""
@@ -274,6 +285,7 @@ def folder(tmp_path_factory) -> Path:
         write_invented_pairs("text", 100, 0)
         for model in ("transformer", "rnn"):
             given = {**SMALL, **TEXT, "valid": VALID, "eval_sentences": 10, "model": model, "dropout": 0.3}
+            given["separate"] = model == "rnn"
             config = TranslationConfig(max_steps=40, eval_every=40, device="cpu", learning_rate=0.02)
             train_translation(TranslationOptions(output_dir=model, **given), config, quiet=True)
     return folder
@@ -311,6 +323,7 @@ def test_a_run_and_what_is_left_of_it(model, here, capsys):
     assert run.folder == Path("run/model") and run.state.step == 4
     before, after = (Translator.from_folder(folder) for folder in (model, "run"))
     assert after.source.digest() == before.source.digest() and same("run/model", "run/best")
+    assert after.target.digest() == before.target.digest()
     assert not same("run/model", f"{model}/model") and after.model.config == before.model.config
     records = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()][1:]
     assert all(0 < record["loss"] < 1 for record in records)
@@ -323,7 +336,10 @@ def test_a_run_and_what_is_left_of_it(model, here, capsys):
     [
         ({}, {}),
         ({"model": "rnn", "samples": 2, "baseline_samples": 0, "nll_weight": 0.1}, {}),
-        ({"reward": "chrf", "temperature": 0.7}, {"accumulation_steps": 2, "average": 2}),
+        (
+            {"reward": "chrf", "temperature": 0.7},
+            {"accumulation_steps": 2, "average": 2, "dtype": "bfloat16"},
+        ),
     ],
 )
 def test_runs_are_resumed_to_the_bit(given, config, here, monkeypatch):
@@ -344,11 +360,14 @@ def test_runs_are_resumed_to_the_bit(given, config, here, monkeypatch):
     assert same("parts/last", "whole/last") and same("parts/model", "whole/model")
 
 
-def test_what_a_trainer_is_made_of(here):
-    made = []
+def test_what_a_trainer_is_made_of(here, monkeypatch):
+    made, seeded = [], []
+    # samples, too, differ between processes
+    monkeypatch.setattr(mrt, "own_dropout", seeded.append)
     trainer, _ = mrt._prepared(options(), settings(), True, made)
     data, loss = made[0], trainer.steps.loss_fn
-    assert trainer.model is loss.model and loss.vocabulary is data.target
+    assert seeded == [trainer] and trainer.steps.width == 32
+    assert trainer.model is loss.model and type(trainer.optimizer) is torch.optim.Adam
     rates = {module.p for module in trainer.model.modules() if isinstance(module, nn.Dropout)}
     assert rates == {0.0} and trainer.model.config.dropout == 0.3
     batches = trainer.feed.dataset
@@ -360,15 +379,22 @@ def test_what_a_trainer_is_made_of(here):
     found = trainer.evaluation.score_fn(trainer.model, lambda: None)
     assert found["smoothed_loss"] == found["val_loss"] and found["score"] == found["bleu"]
     sizes = settings(max_steps=None, max_epochs=8, eval_every=None, warmup_steps=None, accumulation_steps=2)
-    planned, _ = mrt._prepared(options(), sizes, True, [])
-    assert planned.config.eval_every == -(-len(batches) // 2)
+    others = options(model="rnn", max_ratio=1.5, eval_beam=3, output_dir="other")
+    trainer, _ = mrt._prepared(others, sizes, True, made)
+    assert trainer.config.eval_every == -(-len(trainer.feed.dataset) // 2)
+    validation = trainer.evaluation.score_fn
+    assert validation.options.eval_beam == 3 and validation.options.choose_by == "bleu"
+    assert "more than 1.5 times as long on one side" in made[1].train.pairs.report.skipped
+    loss = trainer.steps.loss_fn
+    assert trainer.steps.width == 32
+    assert loss.options is others and loss.vocabulary is made[1].target is not made[1].source
 
 
 def test_references_are_the_lines_of_the_text(here):
     lines = {name: Path(path).read_text().splitlines() for name, path in TEXT.items()}
     for name in lines:
         # what is skipped, or has unknown characters, moves no other line
-        lines[name][1:1] = ["", "mit  \u2603 lu"]
+        lines[name][1:1] = ["", "mit  \u2603 lu", "mit " * 70]
         Path(f"own.{name}").write_text("".join(f"{line}\n" for line in lines[name]))
     given = options(source="own.source", target="own.target")
     translator = Translator.from_folder("transformer")
@@ -384,7 +410,7 @@ def test_references_are_the_lines_of_the_text(here):
             line = lines["target"].index(reference)
             assert translator.source.encode(lines["source"][line]) == tokens
             seen.append(line)
-    assert len(seen) == 101 and 1 not in seen and 2 in seen
+    assert len(seen) == 101 and 2 in seen and not {1, 3} & set(seen)
 
 
 def test_options_that_do_not_fit(here):

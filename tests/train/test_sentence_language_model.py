@@ -146,6 +146,14 @@ def test_a_run_learns_and_leaves_the_best_model_with_its_vocabulary(kind, files,
     assert err[3] == f"{kind.upper()} of {run.parameters:,} parameters; 60 steps on cpu, float32"
 
 
+def test_the_model_is_the_best_and_not_the_last_one(files):
+    steep = {"learning_rate": 1.0, "schedule": "constant", "warmup_tokens": 0, "optimizer": "adam"}
+    run = train(options(files, model="rnn"), settings(max_steps=12, eval_every=1, **steep))
+    losses = [record["val_loss"] for record in records()[1:]]
+    assert min(losses) < losses[-1] - 0.1
+    assert perplexity_by_hand(run.folder, files / "valid") == pytest.approx(math.exp(min(losses)), 1e-3)
+
+
 def test_sizes_reach_the_models(files):
     train(options(files, model="rnn", dropout=0.3, n_layer=2), settings(max_steps=1))
     config = load_language_model("run/model").config
@@ -156,7 +164,7 @@ def test_sizes_reach_the_models(files):
     train(options(files, dropout=0.3, output_dir="two", n_layer=None), settings(max_steps=1))
     found = load_language_model("two/model").config
     assert (found.n_layer, found.n_embd, found.block_size, found.embd_pdrop) == (4, 16, 20, 0.3)
-    assert LanguageModelOptions(model="rnn").n_layer == 1
+    assert LanguageModelOptions(model="rnn", n_embd=30).n_layer == 1
 
 
 @pytest.mark.parametrize(
@@ -188,6 +196,8 @@ def test_runs_can_be_repeated_and_resumed_to_the_bit(kind, config, files, monkey
     for other in ("again", "parts"):
         assert same(f"{other}/last", "whole/last") and same(f"{other}/model", "whole/model")
     assert same("whole/model", "whole/averaged" if "average" in config else "whole/best")
+    if kind == "rnn":
+        assert records("whole")[-1]["lr"] == pytest.approx(2.0 * 24**-0.5 * 4 * 4000**-1.5)
 
 
 def test_another_text_or_vocabulary_is_not_that_of_the_run(files, tmp_path):
