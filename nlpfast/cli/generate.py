@@ -81,7 +81,7 @@ def continue_text(folder: str, options: GenerateOptions) -> str:
 
     from nlpfast.data.text import CharVocabulary, DataError
     from nlpfast.decoding import generate
-    from nlpfast.models.gpt import GPT
+    from nlpfast.models.language_model_files import load_language_model
     from nlpfast.train.checkpoint import STATE, CheckpointError, load
     from nlpfast.train.device import resolve_device
 
@@ -90,14 +90,15 @@ def continue_text(folder: str, options: GenerateOptions) -> str:
     chars = saved.metadata.get("vocabulary")
     if not isinstance(chars, list):
         raise CheckpointError(
-            f"{saved.folder / STATE}: no vocabulary in it: use a checkpoint of `nlpfast train lm`"
+            f"{saved.folder / STATE}: no vocabulary of characters in it: use a checkpoint of "
+            "`nlpfast train lm` without --vocab"
         )
     try:
         vocabulary = CharVocabulary(chars)
     except DataError as error:
         raise CheckpointError(f"{saved.folder / STATE}: {error}") from error
     try:
-        model = GPT.from_pretrained(saved.folder).to(device)
+        model = load_language_model(saved.folder).to(device)
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     except TypeError as error:

@@ -13,12 +13,15 @@ h hidden_size, V vocab_size.
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from nlpfast.models import pretrained
 from nlpfast.models.gpt_config import outside_vocabulary
@@ -27,7 +30,7 @@ from nlpfast.nn.packing import Packing
 from nlpfast.ops.cross_entropy import cross_entropy
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["RNNLM", "RNNLMConfig"]
+__all__ = ["RNNLM", "RNNLMConfig", "RNNLMState"]
 
 # embeddings and output are drawn from -INITIAL..INITIAL
 INITIAL = 0.1
@@ -35,12 +38,30 @@ INITIAL = 0.1
 FIRST, SECOND = "tok_emb.weight", "head.weight"
 
 
+@dataclasses.dataclass
+class RNNLMState:
+    """What the LSTM has read, all [layers, B, h].
+
+    Attributes:
+        hidden: its outputs after the last token of each sequence.
+        cell: its cells.
+    """
+
+    hidden: Tensor
+    cell: Tensor
+
+
 class RNNLM(nn.Module):
     """The language model.
 
     Attributes:
         config: the configuration it was built from.
+        block_size: longest sequence it reads; there is none.
+        can_cache: there are `prefill` and `decode`.
     """
+
+    block_size = sys.maxsize
+    can_cache = True
 
     def __init__(self, config: RNNLMConfig) -> None:
         """Build the model; embeddings and output come from U(-0.1, 0.1), its bias is 0, the LSTM is torch's.
@@ -119,16 +140,63 @@ class RNNLM(nn.Module):
         """Return what the last layer gives, [B, T, h] or [N, h]."""
         # No token sees what is after it: padding at the ends changes nothing. Of the sentences of a batch,
         # padded to more than twice their tokens, it takes less time than PyTorch's packed sequences.
-        padded = idx if packing is None else packing.padded(idx)
-        try:
-            words = self.tok_emb(padded)
-        except IndexError:
-            raise outside_vocabulary(idx, self.config.vocab_size) from None
+        words = self._words(idx, packing)
         # a state adds up over a sentence: it is float32 under autocast too
         with torch.autocast(idx.device.type, enabled=False):
             outputs, _ = self.lstm(self.drop(words))
         out: Tensor = self.drop(outputs if packing is None else outputs[packing.within()])
         return out
+
+    def _words(self, idx: Tensor, packing: Packing | None = None) -> Tensor:
+        try:
+            words: Tensor = self.tok_emb(idx if packing is None else packing.padded(idx))
+        except IndexError:
+            raise outside_vocabulary(idx, self.config.vocab_size) from None
+        return words
+
+    @torch.no_grad()
+    def prefill(self, idx: Tensor, lengths: Tensor) -> tuple[Tensor, RNNLMState]:
+        """Read prompts, and return the logits of the token after each, and what `decode` goes on from.
+
+        Args:
+            idx: prompts [B, T], the shorter ones filled up at their ends.
+            lengths: tokens of each prompt, int64 [B], 1..T.
+
+        Returns:
+            logits [B, V], and the state after each prompt.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        check_call(idx, None, None)
+        with torch.autocast(idx.device.type, enabled=False):
+            words = self.drop(self._words(idx))
+            read = pack_padded_sequence(words, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            _, state = self.lstm(read)
+        return self.head(self.drop(state[0][-1])), RNNLMState(*state)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: RNNLMState) -> Tensor:
+        """Read one token more of each sequence, and return the logits of the next.
+
+        Args:
+            tokens: int64 or int32 [B].
+            cache: of `prefill`; becomes the state after the tokens.
+
+        Returns:
+            logits [B, V].
+
+        Raises:
+            ValueError: when there is not a token for each sequence.
+        """
+        if tokens.shape != cache.hidden.shape[1:2]:
+            rule = f"the state has {cache.hidden.shape[1]} sequences; give [B]"
+            raise ValueError(f"tokens has shape {list(tokens.shape)}, {rule}")
+        with torch.autocast(tokens.device.type, enabled=False):
+            words = self.drop(self._words(tokens[:, None]))
+            outputs, (cache.hidden, cache.cell) = self.lstm(words, (cache.hidden, cache.cell))
+        logits: Tensor = self.head(self.drop(outputs[:, 0]))
+        return logits
 
     def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors; a write that fails leaves the files that were there.

@@ -92,9 +92,7 @@ def language_model_scores(
     return scores
 
 
-def _computed(
-    model: GPT | RNNLM, sentences: TokenLists, special: tuple[int, ...]
-) -> NDArray[np.float64]:
+def _computed(model: GPT | RNNLM, sentences: TokenLists, special: tuple[int, ...]) -> NDArray[np.float64]:
     device = next(model.parameters()).device
     names = dict(zip(("pad_id", "bos_id", "eos_id"), special, strict=True))
     lengths = sentences.lengths() + 1

@@ -98,9 +98,9 @@ def train_sentence_language_model(
     """Train a model on sentences, and write log and checkpoints to `options.output_dir`.
 
     At the end `model/` in it has the model of the lowest validation loss, or with `config.average` the mean
-    of the kept ones, with the vocabulary. Seeds the generators of Python, NumPy and PyTorch with `config.seed`.
-    See `nlpfast.train.task_run.run_task` for what is found before anything is written, for processes and for
-    exceptions.
+    of the kept ones, with the vocabulary. Seeds the generators of Python, NumPy and PyTorch with
+    `config.seed`. See `nlpfast.train.task_run.run_task` for what is found before anything is written, for
+    processes and for exceptions.
 
     Args:
         options: text, vocabulary, model and folder.

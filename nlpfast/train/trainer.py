@@ -43,9 +43,9 @@ __all__ = ["TrainState", "Trainer", "TrainingError"]
 class Trainer:
     """Train a model; `run()` does it all.
 
-    Torch's global generator is used by dropout alone and is never seeded here: call `torch.manual_seed` first
-    for a run that can be repeated. Where torch.distributed is initialised, the model is shared with the other
-    processes, each of which gets its part of every batch.
+    Torch's global generator is used by dropout and what a task draws, and is never seeded here: call
+    `torch.manual_seed` first for a run that can be repeated. Where torch.distributed is initialised, the
+    model is shared with the other processes, each of which gets its part of every batch.
 
     Args:
         model: any module; `configure_optimizers(config)` is used if it has one, else `build_optimizer` with

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from nlpfast.data.sentence_batches import make_sentence_batch
+from nlpfast.decoding import generate
 from nlpfast.models.bert import BertConfig, BertModel
 from nlpfast.models.gpt import GPT, GPTConfig
 from nlpfast.models.language_model_files import load_language_model, load_vocabulary
@@ -257,3 +258,30 @@ def test_a_wrong_call_is_refused(idx, options, message):
         with pytest.raises(ValueError) as caught:
             model().features(idx, options["packing"])
         assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_text_is_written_from_the_state_as_from_the_beginning(layers):
+    torch.manual_seed(0)
+    config = RNNLMConfig(vocab_size=11, embed_size=6, hidden_size=7, layers=layers, dropout=0.5)
+    model = RNNLM(config).double()
+    prompts, lengths = torch.randint(11, (3, 5)), torch.tensor([2, 5, 1])
+    written = [
+        generate(model, prompts, 9, lengths=lengths, greedy=True, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*written) and written[0].shape == (3, 14)
+    model.eval()
+    logits, state = model.prefill(prompts, lengths)
+    for row, size in enumerate(lengths.tolist()):
+        whole = torch.cat((prompts[row, :size], torch.tensor([4])))
+        expected = model(whole[None])[0][0]
+        torch.testing.assert_close(logits[row], expected[size - 1], rtol=1e-12, atol=1e-12)
+    following = model.decode(torch.tensor([4, 4, 4]), state)
+    for row, size in enumerate(lengths.tolist()):
+        whole = torch.cat((prompts[row, :size], torch.tensor([4])))
+        torch.testing.assert_close(following[row], model(whole[None])[0][0, -1], rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"the state has 3 sequences; give \[B\]"):
+        model.decode(torch.tensor([4, 4]), state)
+    with pytest.raises(ValueError, match="vocab"):
+        model.decode(torch.tensor([4, 11, 4]), state)

@@ -14,6 +14,7 @@ from together import Loss, trainer
 
 from nlpfast.cli import main
 from nlpfast.train import checkpoint
+from nlpfast.train.translation_data import write_invented_pairs
 
 HERE = Path(__file__).parent
 TIMES = ("time", "tokens_per_second")
@@ -183,3 +184,69 @@ def test_a_translation_gives_the_losses_of_one_process(model, tmp_path):
             [a[name] for name in names if name in a], rel=1e-5
         )
     assert out.count("val loss") == 1
+
+
+@pytest.fixture
+def translators(tmp_path, monkeypatch):
+    """Train two translators and two language models for a step; return the words that all tasks take."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = write_invented_pairs(tmp_path / "text", 100, 0)
+    sides = [str(files[f"train.{side}"]) for side in ("source", "target")]
+    vocab = str(tmp_path / "vocab")
+    assert main(["vocab", "bpe", *sides, "--size", "200", "--output-dir", vocab]) == 0
+    small = ["--vocab", vocab, "--max-steps", "1", "--device", "cpu"]
+    sizes = [
+        "--d-model",
+        "32",
+        "--heads",
+        "2",
+        "--d-ff",
+        "64",
+        "--encoder-layers",
+        "1",
+        "--decoder-layers",
+        "1",
+    ]
+    few = ["--max-tokens", "400", "--eval-sentences", "5", "--dropout", "0"]
+    for name, way in (("there", 1), ("back", -1)):
+        words = ["train", "translation", *sides[::way], *small, *sizes, *few]
+        assert main([*words, "--output-dir", str(tmp_path / name)]) == 0
+    for name, text in zip(("lm-source", "lm-target"), sides, strict=True):
+        words = ["train", "lm", "--text", text, *small, "--n-layer", "1", "--n-embd", "16", "--n-head", "2"]
+        assert main([*words, "--output-dir", str(tmp_path / name)]) == 0
+    return [*sides, "--max-tokens", "400", "--eval-sentences", "5", "--device", "cpu", "--log-every", "1"]
+
+
+def test_dual_learning_gives_the_losses_of_one_process(translators, tmp_path):
+    models = (
+        ("forward", "there"),
+        ("backward", "back"),
+        ("lm-source", "lm-source"),
+        ("lm-target", "lm-target"),
+    )
+    words = ["train", "dual", *translators, "--max-epochs", "2", "--warmup-steps", "1"]
+    words += [word for option, name in models for word in (f"--{option}", str(tmp_path / name))]
+    words += ["--dsl-warmup-epochs", "1", "--dsl-lambda", "0.001", "--grad-norm-clip", "1"]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert main([*words, "--accumulation-steps", "2", "--output-dir", str(alone)]) == 0
+    code, out, err, _ = torchrun("-m", "nlpfast", *words, "--output-dir", both)
+    assert code == 0, err
+    one, two = records(alone), records(both)
+    assert len(one) == len(two) >= 5
+    assert_close(one[1:], two[1:])
+    assert out.count("forward model") == 1
+
+
+def test_minimum_risk_training_goes_on_in_two_processes(translators, tmp_path):
+    words = ["train", "mrt", *translators, "--model", tmp_path / "there", "--output-dir", tmp_path / "mrt"]
+    code, _, err, _ = torchrun("-m", "nlpfast", *words, "--max-steps", "2", "--eval-every", "1")
+    assert code == 0, err
+    code, out, err, _ = torchrun(
+        "-m", "nlpfast", "train", "mrt", "--resume", tmp_path / "mrt", "--max-steps", "3"
+    )
+    assert code == 0, err
+    steps = [record["step"] for record in records(tmp_path / "mrt")]
+    assert steps == [0, 1, 2, 3] and out.count("bleu") == 1
+    # both drew samples of their own: what they did with them is one model
+    random = load_file(tmp_path / "mrt" / "last" / "random.safetensors")
+    assert {name.partition(".")[0] for name in random} == {"0", "1"}
