@@ -26,7 +26,8 @@ def load_language_model(folder: str | Path) -> GPT | RNNLM:
         OSError: a file is missing or unreadable; names it.
         ValueError: a file is damaged, or of another kind of model; names it.
     """
-    kind = pretrained.model_type(folder)
+    # a file that names none is a GPT's, as that has it
+    kind = pretrained.model_type(folder) or "gpt"
     if kind not in KINDS:
         path = Path(folder) / pretrained.CONFIG_FILE
         raise ValueError(f"{path}: model_type is {kind!r}, which is no language model; name another model")

@@ -227,7 +227,7 @@ GENERATE_DATA = [
     *each(
         CHECKPOINT, DATA, "save the model again", "config-empty", "config-cut", "config-list", "config-latin"
     ),
-    *each(CHECKPOINT, DATA, "load it with the class it is for", "config-type"),
+    *each(CHECKPOINT, DATA, "name another model", "config-type"),
     *each(CHECKPOINT, DATA, "change one of the two", "config-heads"),
     *each(CHECKPOINT, DATA, "pass n_embd=", "config-text"),
     *each(CHECKPOINT, DATA, "pass n_layer=", "config-negative"),

@@ -166,3 +166,14 @@ def test_a_run_goes_on_with_its_own_options_but_for_those_given(tmp_path, capsys
     assert main(["train", "lm", "--resume", str(run)]) == 65
     assert f"{text}: is not the text that the run was trained on" in capsys.readouterr().err
     assert (run / "log.jsonl").read_bytes() == before
+
+
+def test_a_recurrent_model_of_characters_writes_text_too(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    run = tmp_path / "run"
+    argv = ["train", "lm", "--text", str(tmp_path / "text.txt"), "--output-dir", str(run), "--model", "rnn"]
+    argv += ["--embed-size", "16", "--hidden-size", "32", "--block-size", "16", "--device", "cpu"]
+    assert main([*argv, "--max-steps", "60", "--eval-every", "60", "--learning-rate", "0.02"]) == 0
+    capsys.readouterr()
+    words = ["generate", str(run), "--prompt", "the quick", "--max-new-tokens", "12", "--greedy"]
+    assert say(capsys, *words) == "the quick brown fox j\n"

@@ -1,6 +1,7 @@
 """The recurrent language model: against a loop over an LSTM's formulas, packed, saved and called wrongly."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -285,3 +286,14 @@ def test_text_is_written_from_the_state_as_from_the_beginning(layers):
         model.decode(torch.tensor([4, 4]), state)
     with pytest.raises(ValueError, match="vocab"):
         model.decode(torch.tensor([4, 11, 4]), state)
+
+
+def test_a_file_that_names_no_kind_is_a_gpts(tmp_path):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(V, 8, n_layer=1, n_head=2, n_embd=8))
+    gpt.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("model_type") == "gpt"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = load_language_model(tmp_path)
+    assert isinstance(found, GPT) and torch.equal(found.head.weight, gpt.head.weight)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nlpfast.data.lines import DataError
 from nlpfast.data.subwords import Subwords
-from nlpfast.data.token_pairs import TokenLists
 from nlpfast.models.gpt import GPT, GPTConfig
 from nlpfast.models.pretrained import read_weights
 from nlpfast.models.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -345,21 +344,46 @@ def test_changed_options_are_listed(made, capsys):
     assert "changed: dsl_lambda: 0.01 -> 0.5" in capsys.readouterr().err
 
 
-def test_empty_parts_of_a_corpus_have_scores(made):
-    model = GPT.from_pretrained(made["lm-source"])
-    special = {"pad_id": 0, "bos_id": 1, "eos_id": 2}
-    sentences = TokenLists.of([[5, 6], [], [7] * 9])
-    found = language_model_scores.language_model_scores(model, sentences, **special)
-    for score, tokens in zip(found, sentences.lists(), strict=True):
-        with torch.no_grad():
-            log_p = model(torch.tensor([[1, *tokens]]))[0][0].log_softmax(-1)
-        assert score == pytest.approx(
-            float(log_p.gather(1, torch.tensor([*tokens, 2])[:, None]).sum()), rel=1e-5
-        )
-
-
 def test_a_batch_is_a_tuple_of_tensors(made):
     batch = dataset(made)[0]
     assert isinstance(batch, DualBatch) and dual.count_pairs_of(batch) == batch.there.sentences == len(
         batch.lm_source
     )
+
+
+def test_vocabularies_of_two_languages(made, tmp_path):
+    """Each side has its own pieces: what is turned round, scored and written must have them too."""
+    sides = [Path(made[f"train.{side}"]) for side in ("source", "target")]
+    pieces = [
+        Subwords.train(side.read_text().splitlines(), size, source="t")
+        for side, size in zip(sides, (90, 120), strict=True)
+    ]
+    folders = [str(tmp_path / name) for name in ("pieces-source", "pieces-target")]
+    models = {}
+    for vocabulary, folder in zip(pieces, folders, strict=True):
+        vocabulary.save(folder)
+    for name, way in (("forward", 1), ("backward", -1)):
+        options_ = TranslationOptions(
+            **SMALL,
+            source=str(sides[::way][0]),
+            target=str(sides[::way][1]),
+            vocab=folders[::way][0],
+            target_vocab=folders[::way][1],
+            tied="decoder",
+            output_dir=str(tmp_path / name),
+            eval_sentences=2,
+        )
+        config = TranslationConfig(max_steps=1, device="cpu")
+        models[name] = str(train_translation(options_, config, quiet=True).folder)
+    for name, vocabulary in zip(("lm_source", "lm_target"), pieces, strict=True):
+        GPT(GPTConfig(len(vocabulary), 64, n_layer=1, n_head=2, n_embd=16)).save_pretrained(tmp_path / name)
+        vocabulary.save(tmp_path / name / "vocab")
+        models[name] = str(tmp_path / name)
+    run = train_dual(options(made, **models), settings(max_steps=1), quiet=True)
+    for folder, wanted in zip(run.folders, (pieces, pieces[::-1]), strict=True):
+        found = Translator.from_folder(folder)
+        assert [found.source.digest(), found.target.digest()] == [side.digest() for side in wanted]
+    swapped = {"forward": models["backward"], "backward": models["forward"]}
+    for wrong in ({"backward": models["forward"]}, {"lm_source": models["lm_target"]}, swapped):
+        with pytest.raises(DataError, match="its vocabulary is not that of the forward translator"):
+            train_dual(options(made, output_dir="other", **{**models, **wrong}), settings(), quiet=True)
