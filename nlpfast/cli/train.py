@@ -26,6 +26,7 @@ from nlpfast.train.mrt_options import MrtConfig, MrtOptions
 from nlpfast.train.translation_options import WITHOUT, TranslationConfig, TranslationOptions
 
 if TYPE_CHECKING:
+    from nlpfast.train.dual import DualRun
     from nlpfast.train.translation import TranslationRun
 
 TASKS: dict[str, tuple[type[Any], type[TrainerConfig], str]] = {
@@ -179,22 +180,18 @@ def _mrt(options: MrtOptions, config: MrtConfig, resume: str | None) -> dict[str
 
 
 def _translator(result: TranslationRun) -> dict[str, object]:
-    figures = {
-        name.replace("_", " "): f"{value:.4f}" for name, value in result.figures.items() if name != "score"
-    }
-    return {
-        "steps": result.state.step,
-        "parameters": result.parameters,
-        **figures,
-        "seconds": f"{result.state.seconds:.1f}",
-        "model": result.folder,
-    }
+    return {**_progress(result), "model": result.folder}
 
 
 def _dual(options: DualOptions, config: DualConfig, resume: str | None) -> dict[str, object]:
     from nlpfast.train.dual import train_dual
 
     result = train_dual(options, config, resume=resume)
+    forward, backward = result.folders
+    return {**_progress(result), "forward model": forward, "backward model": backward}
+
+
+def _progress(result: TranslationRun | DualRun) -> dict[str, object]:
     figures = {
         name.replace("_", " "): f"{value:.4f}" for name, value in result.figures.items() if name != "score"
     }
@@ -203,8 +200,4 @@ def _dual(options: DualOptions, config: DualConfig, resume: str | None) -> dict[
         "parameters": result.parameters,
         **figures,
         "seconds": f"{result.state.seconds:.1f}",
-        **{
-            f"{name} model": folder
-            for name, folder in zip(("forward", "backward"), result.folders, strict=True)
-        },
     }

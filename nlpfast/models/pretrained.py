@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,15 +20,20 @@ from nlpfast.files import flush
 __all__ = [
     "CONFIG_FILE",
     "WEIGHTS_FILE",
+    "SavedConfig",
+    "SavedModel",
     "check_weights",
     "model_type",
     "read_config",
     "read_model",
     "read_weights",
+    "saved_once",
     "write",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
+Saved = TypeVar("Saved", bound="SavedModel")
+Config = TypeVar("Config", bound="SavedConfig")
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -199,3 +206,104 @@ def read_model(folder: str | Path, model_type: str, build: Callable[[dict[str, A
     check_weights(folder, model.state_dict(), state)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+class SavedConfig:
+    """A configuration, a dataclass, that config.json holds.
+
+    Attributes:
+        model_type: the kind of model, by which the file is known.
+    """
+
+    model_type: ClassVar[str]
+
+    @classmethod
+    def from_dict(cls: type[Config], fields: Mapping[str, Any]) -> Config:
+        """Return the configuration of a config.json.
+
+        Args:
+            fields: what `to_dict` returned, without `model_type`.
+
+        Raises:
+            ValueError: a field is missing, is none of this kind, or has a wrong value.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in sorted(known ^ fields.keys()):
+            reason = "is missing" if name in known else f"is not a field of {cls.__name__}"
+            raise ValueError(f"{name} {reason}; save the model again")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        return {"model_type": self.model_type, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+class SavedModel(nn.Module):
+    """A model that can be saved and read.
+
+    Attributes:
+        config: the configuration it was built from.
+        config_class: what its constructor takes.
+    """
+
+    config_class: ClassVar[type[SavedConfig]]
+
+    def __init__(self, config: Any) -> None:
+        """Keep the configuration.
+
+        Args:
+            config: the sizes.
+        """
+        super().__init__()
+        self.config = config
+
+    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors; a write that fails leaves the files that were there.
+
+        Args:
+            folder: made when missing.
+            state_dict: the weights to be written, where the module has only parts of them; None for its own.
+
+        Raises:
+            OSError: when the folder cannot be made or a file cannot be written; names it.
+        """
+        write(folder, self.config.to_dict(), state_dict or self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls: type[Saved], folder: str | Path) -> Saved:
+        """Read a model that `save_pretrained` wrote.
+
+        It comes in evaluation mode, on the CPU, in the dtype in which it was saved. Nothing in the files is
+        executed.
+
+        Args:
+            folder: holds config.json and model.safetensors.
+
+        Raises:
+            OSError: when a file is missing or unreadable; names it.
+            ValueError: when a file is damaged, or its keys or shapes are not those of the configuration;
+                names the file, the key and both shapes.
+        """
+        kind = cls.config_class
+        return read_model(folder, kind.model_type, lambda fields: cls(kind.from_dict(fields)))
+
+
+def saved_once(model: nn.Module, first: str, second: str) -> None:
+    """Have one name in the state dict for a weight that a model has under two.
+
+    Args:
+        model: gets hooks for that.
+        first: the name that stays.
+        second: the other one.
+    """
+    model.register_state_dict_post_hook(functools.partial(_name_once, second=second))
+    model.register_load_state_dict_pre_hook(functools.partial(_name_twice, first=first, second=second))
+
+
+def _name_once(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any, second: str) -> None:
+    state.pop(prefix + second)
+
+
+def _name_twice(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any, first: str, second: str) -> None:
+    if prefix + first in state:
+        state.setdefault(prefix + second, state[prefix + first])

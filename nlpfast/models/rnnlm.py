@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from nlpfast.models import pretrained
 from nlpfast.models.gpt_config import outside_vocabulary
-from nlpfast.models.rnnlm_config import MODEL_TYPE, RNNLMConfig, check_call
+from nlpfast.models.pretrained import SavedModel, saved_once
+from nlpfast.models.rnnlm_config import RNNLMConfig, check_call
 from nlpfast.nn.packing import Packing
 from nlpfast.ops.cross_entropy import cross_entropy
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
@@ -34,8 +32,6 @@ __all__ = ["RNNLM", "RNNLMConfig", "RNNLMState"]
 
 # embeddings and output are drawn from -INITIAL..INITIAL
 INITIAL = 0.1
-# where they are one matrix, the state dict has it once, by the first name
-FIRST, SECOND = "tok_emb.weight", "head.weight"
 
 
 @dataclasses.dataclass
@@ -51,7 +47,7 @@ class RNNLMState:
     cell: Tensor
 
 
-class RNNLM(nn.Module):
+class RNNLM(SavedModel):
     """The language model.
 
     Attributes:
@@ -60,6 +56,7 @@ class RNNLM(nn.Module):
         can_cache: there are `prefill` and `decode`.
     """
 
+    config_class = RNNLMConfig
     block_size = sys.maxsize
     can_cache = True
 
@@ -69,8 +66,7 @@ class RNNLM(nn.Module):
         Args:
             config: the sizes.
         """
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.tok_emb = nn.Embedding(config.vocab_size, config.embed_size)
         self.drop = nn.Dropout(config.dropout)
         # of a single layer torch would say that there is nothing between layers
@@ -82,10 +78,10 @@ class RNNLM(nn.Module):
         for weight in (self.tok_emb.weight, self.head.weight):
             nn.init.uniform_(weight, -INITIAL, INITIAL)
         nn.init.zeros_(self.head.bias)
-        _tie(self)
-        self.register_state_dict_post_hook(_name_once)
-        self.register_load_state_dict_pre_hook(_name_twice)
-        self.register_load_state_dict_post_hook(_tie)
+        if config.tied:
+            _tie(self)
+            saved_once(self, "tok_emb.weight", "head.weight")
+            self.register_load_state_dict_post_hook(_tie)
 
     def forward(
         self,
@@ -198,47 +194,7 @@ class RNNLM(nn.Module):
         logits: Tensor = self.head(self.drop(outputs[:, 0]))
         return logits
 
-    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors; a write that fails leaves the files that were there.
-
-        Args:
-            folder: made when missing.
-            state_dict: the weights to be written, where the module has only parts of them; None for its own.
-
-        Raises:
-            OSError: when the folder cannot be made or a file cannot be written; names it.
-        """
-        pretrained.write(folder, self.config.to_dict(), state_dict or self.state_dict())
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> RNNLM:
-        """Read a model that `save_pretrained` wrote.
-
-        It comes in evaluation mode, on the CPU, in the dtype in which it was saved. Nothing in the files is
-        executed.
-
-        Args:
-            folder: holds config.json and model.safetensors.
-
-        Raises:
-            OSError: when a file is missing or unreadable; names it.
-            ValueError: when a file is damaged, or its keys or shapes are not those of the configuration;
-                names the file, the key and both shapes.
-        """
-        return pretrained.read_model(folder, MODEL_TYPE, lambda fields: cls(RNNLMConfig.from_dict(fields)))
-
 
 def _tie(model: RNNLM, *_: Any) -> None:
     """Have one matrix for both; tensors that are loaded may have come in the place of each."""
-    if model.config.tied:
-        model.head.weight = model.tok_emb.weight
-
-
-def _name_once(model: RNNLM, state: dict[str, Any], prefix: str, _: Any) -> None:
-    if model.config.tied:
-        state.pop(prefix + SECOND)
-
-
-def _name_twice(model: RNNLM, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if model.config.tied and prefix + FIRST in state:
-        state.setdefault(prefix + SECOND, state[prefix + FIRST])
+    model.head.weight = model.tok_emb.weight

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
+from nlpfast.models.pretrained import SavedConfig
 from nlpfast.nn.packing import Packing
 
-__all__ = ["MODEL_TYPE", "RNNLMConfig", "check_call"]
+__all__ = ["RNNLMConfig", "check_call"]
 
-# in config.json
-MODEL_TYPE = "rnnlm"
 SPECIAL = ("pad_id", "bos_id", "eos_id")
 
 
 @dataclasses.dataclass(kw_only=True)
-class RNNLMConfig:
+class RNNLMConfig(SavedConfig):
     """The sizes of an `RNNLM`.
 
     Attributes:
@@ -32,6 +29,8 @@ class RNNLMConfig:
         bos_id: token before a sentence, or None.
         eos_id: token after a sentence, or None.
     """
+
+    model_type = "rnnlm"
 
     vocab_size: int
     embed_size: int = 256
@@ -63,26 +62,6 @@ class RNNLMConfig:
         if len(set(special.values())) < len(special):
             ids = ", ".join(f"{name}={value}" for name, value in special.items())
             raise ValueError(f"{ids} must differ; give each its own token, or None")
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> RNNLMConfig:
-        """Return the configuration of a config.json.
-
-        Args:
-            fields: what `to_dict` returned, without `model_type`.
-
-        Raises:
-            ValueError: a field is missing, is none of an `RNNLMConfig`, or has a wrong value.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in sorted(known ^ fields.keys()):
-            reason = "is missing" if name in known else f"is not a field of {cls.__name__}"
-            raise ValueError(f"{name} {reason}; save the model again")
-        return cls(**fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what config.json holds."""
-        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
 
 
 def check_call(idx: Tensor, targets: Tensor | None, packing: Packing | None) -> None:

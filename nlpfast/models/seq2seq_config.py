@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from nlpfast.models.pretrained import SavedConfig
 
 __all__ = ["ATTENTIONS", "Seq2SeqConfig", "check_batch", "check_packed", "check_tokens"]
 
@@ -15,7 +15,7 @@ ATTENTIONS = ("multiplicative", "dot", "additive")
 
 
 @dataclasses.dataclass(kw_only=True)
-class Seq2SeqConfig:
+class Seq2SeqConfig(SavedConfig):
     """The sizes of a `Seq2Seq`.
 
     Attributes:
@@ -33,6 +33,8 @@ class Seq2SeqConfig:
         bos_id: token before a translation.
         eos_id: token after a sentence, of both languages.
     """
+
+    model_type = "seq2seq"
 
     source_vocab: int
     target_vocab: int
@@ -70,26 +72,6 @@ class Seq2SeqConfig:
         if len({self.pad_id, self.bos_id, self.eos_id}) < 3:
             ids = f"pad_id={self.pad_id}, bos_id={self.bos_id}, eos_id={self.eos_id}"
             raise ValueError(f"{ids} must be three tokens; give each its own")
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Seq2SeqConfig:
-        """Return the configuration of a config.json.
-
-        Args:
-            fields: what `to_dict` returned, without `model_type`.
-
-        Raises:
-            ValueError: a field is missing, is none of a `Seq2SeqConfig`, or has a wrong value.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in sorted(known ^ fields.keys()):
-            reason = "is missing" if name in known else f"is not a field of {cls.__name__}"
-            raise ValueError(f"{name} {reason}; save the model again")
-        return cls(**fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what config.json holds."""
-        return {"model_type": "seq2seq", **dataclasses.asdict(self)}
 
 
 def check_batch(name: str, tokens: Tensor, lengths: Tensor, vocab: int, *, batch: int | None = None) -> None:

@@ -5,30 +5,28 @@ Shapes: e embed_size, h hidden_size, V target_vocab.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from nlpfast.models import pretrained
+from nlpfast.models.pretrained import SavedModel
 from nlpfast.models.seq2seq_config import Seq2SeqConfig
 
 __all__ = ["Seq2SeqParameters"]
-
-Model = TypeVar("Model", bound="Seq2SeqParameters")
 
 # weights are drawn from -INITIAL..INITIAL
 INITIAL = 0.1
 
 
-class Seq2SeqParameters(nn.Module):
+class Seq2SeqParameters(SavedModel):
     """What a `Seq2Seq` learns, by the names of the assignment.
 
     Attributes:
         config: the configuration it was built from.
     """
+
+    config_class = Seq2SeqConfig
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         """Build the model; all weights come from U(-0.1, 0.1), the embeddings of padding are 0.
@@ -36,8 +34,7 @@ class Seq2SeqParameters(nn.Module):
         Args:
             config: the sizes.
         """
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         e, h = config.embed_size, config.hidden_size
         source = nn.Embedding(config.source_vocab, e, padding_idx=config.pad_id)
         target = nn.Embedding(config.target_vocab, e, padding_idx=config.pad_id)
@@ -67,32 +64,3 @@ class Seq2SeqParameters(nn.Module):
         """Return the matrix that makes logits of combined outputs, [V, h]; there is no bias."""
         layer = self.model_embeddings["target"] if self.config.tied else self.target_vocab_projection
         return cast(Tensor, layer.weight)
-
-    def save_pretrained(self, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors; a write that fails leaves the files that were there.
-
-        Args:
-            folder: made when missing.
-            state_dict: the weights to be written, where the module has only parts of them; None for its own.
-
-        Raises:
-            OSError: when the folder cannot be made or a file cannot be written; names it.
-        """
-        pretrained.write(folder, self.config.to_dict(), state_dict or self.state_dict())
-
-    @classmethod
-    def from_pretrained(cls: type[Model], folder: str | Path) -> Model:
-        """Read a model that `save_pretrained` wrote.
-
-        It comes in evaluation mode, on the CPU, in the dtype in which it was saved. Nothing in the files is
-        executed.
-
-        Args:
-            folder: holds config.json and model.safetensors.
-
-        Raises:
-            OSError: when a file is missing or unreadable; names it.
-            ValueError: when a file is damaged, or its keys or shapes are not those of the configuration;
-                names the file, the key and both shapes.
-        """
-        return pretrained.read_model(folder, "seq2seq", lambda fields: cls(Seq2SeqConfig.from_dict(fields)))

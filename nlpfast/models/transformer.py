@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nlpfast.models.pretrained import SavedModel, saved_once
 from nlpfast.models.transformer_config import TransformerConfig
-from nlpfast.models.transformer_files import TransformerPretrained
 from nlpfast.models.transformer_layers import DecoderLayer, Embeddings, EncoderLayer
 from nlpfast.models.transformer_state import TransformerState
 from nlpfast.nn.losses import AlignedLoss, LabelSmoothedCrossEntropyWithAlignment
@@ -48,14 +48,15 @@ class Decoded(NamedTuple):
     attended: Attended | None
 
 
-class Transformer(TransformerPretrained):
+class Transformer(SavedModel):
     """The model."""
+
+    config_class = TransformerConfig
 
     def __init__(self, config: TransformerConfig) -> None:
         """Build the model with initial weights: Glorot's of linear layers, embeddings N(0, 1 / C).
 
-        Those that make queries, keys and values are drawn as if they were one layer, as in
-        ``torch.nn.MultiheadAttention``.
+        Those of queries, keys and values are drawn as one layer's, as in ``torch.nn.MultiheadAttention``.
 
         Args:
             config: the sizes.
@@ -63,6 +64,8 @@ class Transformer(TransformerPretrained):
         super().__init__(config)
         self.source = Embeddings(config, config.source_vocab, None)
         shared = self.source.tokens if config.tied == "all" else None
+        if config.tied == "all":
+            saved_once(self, "source.tokens.weight", "target.tokens.weight")
         self.target = Embeddings(config, config.target_vocab, shared)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
@@ -206,8 +209,7 @@ class Transformer(TransformerPretrained):
             raise ValueError(f"align_shift differs: {both}; give both the same")
         supervision: dict[str, Any] = {}
         if pairs is not None and decoded.attended is not None:
-            heads = self.config.alignment_heads
-            supervision = {"pairs": pairs, "heads": heads, **decoded.attended._asdict()}
+            supervision = {"pairs": pairs, "heads": self.config.alignment_heads, **decoded.attended._asdict()}
         # the packed batch is one entry of a batch
         return criterion(decoded.features[None], target_out[None], self.output_weight, **supervision)
 

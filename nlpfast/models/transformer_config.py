@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
+from nlpfast.models.pretrained import SavedConfig
 from nlpfast.nn.heads import check_heads
 
-__all__ = ["MODEL_TYPE", "TransformerConfig"]
+__all__ = ["TransformerConfig"]
 
-# in config.json
-MODEL_TYPE = "transformer"
 NORMS = ("pre", "post")
 POSITIONS = ("sinusoidal", "learned")
 TIED = ("all", "decoder", "none")
@@ -21,7 +18,7 @@ ALIGNMENT_LAYER = -3
 
 
 @dataclasses.dataclass(kw_only=True)
-class TransformerConfig:
+class TransformerConfig(SavedConfig):
     """The sizes of a Transformer; the defaults are for some ten thousand sentences and a CPU.
 
     Attributes:
@@ -49,6 +46,8 @@ class TransformerConfig:
         bos_id: begins what the decoder reads.
         eos_id: ends a sentence.
     """
+
+    model_type = "transformer"
 
     source_vocab: int
     target_vocab: int
@@ -126,22 +125,3 @@ class TransformerConfig:
             return self.alignment_layer % self.decoder_layers
         shallow = self.decoder_layers + ALIGNMENT_LAYER < 0
         return self.decoder_layers + (-1 if shallow else ALIGNMENT_LAYER)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> TransformerConfig:
-        """Return the configuration of a config.json.
-
-        Args:
-            fields: of `to_dict`, without `model_type`.
-
-        Raises:
-            ValueError: a field is unknown or missing, or there is no model of these sizes.
-        """
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise ValueError(f"the fields of a Transformer are others ({error})") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what config.json holds."""
-        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}

@@ -32,6 +32,7 @@ from nlpfast.models.translator import Translator
 from nlpfast.nn.dual_loss import DualLoss, dual_supervised_loss
 from nlpfast.optim import build_optimizer, linear_weights_and_rest
 from nlpfast.train import checkpoint
+from nlpfast.train.config import ConfigError
 from nlpfast.train.device import autocast, to_device
 from nlpfast.train.distributed import Processes
 from nlpfast.train.dual_batches import DualBatch, DualDataset, count_pairs_of
@@ -41,7 +42,6 @@ from nlpfast.train.random_state import set_seed
 from nlpfast.train.task_run import own_dropout, run_task
 from nlpfast.train.trainer import Trainer, TrainState
 from nlpfast.train.translation_data import TranslationData, read_translation_data
-from nlpfast.train.translation_options import TranslationOptions
 
 __all__ = ["BACKWARD", "FORWARD", "DualRun", "DualTranslators", "pair_losses", "train_dual"]
 
@@ -143,9 +143,7 @@ class _Validation:
             pause()
             batch = to_device(self.batches[number], device)
             with autocast(device, self.config.dtype):
-                losses = pair_losses(
-                    model, batch._replace(dsl_lambda=0.0), length_norm=self.options.length_norm
-                )
+                losses = pair_losses(model, batch, length_norm=self.options.length_norm)
             gaps.append(losses.gap.double().cpu())
             both = ((losses.forward, batch.there), (losses.backward, batch.back))
             for side, (loss, part) in enumerate(both):
@@ -200,6 +198,12 @@ def train_dual(
         resume: go on from the latest checkpoint in this folder.
         quiet: print nothing; otherwise progress goes to stderr.
     """
+    if config.strategy == "fsdp":
+        raise ConfigError("strategy", "fsdp", "evaluations translate with whole models, use ddp")
+    if config.average:
+        raise ConfigError(
+            "average", config.average, "the mean of two translators is not written, leave it out"
+        )
     made: list[TranslationData] = []
     trainer, state = run_task(
         *(options, config, functools.partial(_prepared, made=made)), resume=resume, quiet=quiet
@@ -231,20 +235,8 @@ def _prepared(
     ):
         _check_vocabulary(cast(str, run), side, wanted)
     padded = any(isinstance(translator.model, Seq2Seq) for translator in (there, back))
-    data = read_translation_data(
-        TranslationOptions(
-            source=options.source,
-            target=options.target,
-            columns=options.columns,
-            valid=options.valid,
-            max_length=options.max_length,
-            max_ratio=options.max_ratio,
-            max_tokens=options.max_tokens,
-            model="rnn" if padded else "transformer",
-        ),
-        config.seed,
-        vocabularies=(source, target),
-    )
+    given = options.of_translation("rnn" if padded else "transformer")
+    data = read_translation_data(given, config.seed, vocabularies=(source, target))
     made.append(data)
     (train, validation), digest = _with_scores(options, config, data)
     set_seed(config.seed)

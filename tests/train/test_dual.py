@@ -313,7 +313,7 @@ def test_two_translators_are_clipped_apart(made):
 
 @pytest.mark.parametrize("name", ["source", "forward", "backward", "lm_source", "lm_target"])
 def test_all_that_is_needed_is_named(made, name):
-    with pytest.raises(ConfigError, match=f"{name}=None: is not given"):
+    with pytest.raises(ConfigError, match=f"{name}=None: is missing"):
         options(made, **{name: None})
 
 
@@ -387,3 +387,10 @@ def test_vocabularies_of_two_languages(made, tmp_path):
     for wrong in ({"backward": models["forward"]}, {"lm_source": models["lm_target"]}, swapped):
         with pytest.raises(DataError, match="its vocabulary is not that of the forward translator"):
             train_dual(options(made, output_dir="other", **{**models, **wrong}), settings(), quiet=True)
+
+
+@pytest.mark.parametrize("given", [{"strategy": "fsdp"}, {"average": 2}])
+def test_settings_of_one_whole_model_are_refused(made, given):
+    with pytest.raises(ConfigError, match=f"{next(iter(given))}="):
+        train_dual(options(made), settings(**given), quiet=True)
+    assert not Path("run").exists()
