@@ -50,3 +50,24 @@ STABLE_TORCH_LIBRARY(nlpfast, m) {
       "alignment_loss_backward(Tensor coefficients, Tensor query, Tensor key, Tensor pairs, Tensor heads, float scale, "
       "Tensor(a!)? d_query, Tensor(b!)? d_key, Tensor(c!)? d_lse) -> ()");
 }
+
+// What stands between attention, losses and products of a training step.
+STABLE_TORCH_LIBRARY_FRAGMENT(nlpfast, m) {
+  // x: contiguous; threshold: of 65536, below which 16 random bits drop an element. Its own backward.
+  m.def("dropout_forward(Tensor x, Tensor seed, int threshold) -> Tensor");
+  m.def("dropout_backward(Tensor grad, Tensor seed, int threshold) -> Tensor");
+  // part, residual: contiguous [N, C]; weight, bias: float32 [C]; seed as of attention, needed iff threshold > 0.
+  // Returns their sum, its norm in out_dtype, and statistics [N, 2] (see csrc/add_layer_norm/add_layer_norm.h).
+  m.def(
+      "add_layer_norm_forward(Tensor part, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, int threshold, "
+      "float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)");
+  // Returns the gradients of part (in part_dtype), residual, weight and bias; that of part is the residual's if there
+  // is no dropout and no other dtype, and then [0].
+  m.def(
+      "add_layer_norm_backward(Tensor grad_out, Tensor? grad_sum, Tensor sum, Tensor statistics, Tensor weight, "
+      "Tensor? seed, int threshold, ScalarType part_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+  // One step with lr / (1 - beta1^t) for rate and lr times the weight decay for decay; all float32, contiguous.
+  m.def(
+      "adamax_step(Tensor(a!) param, Tensor grad, Tensor(b!) mean, Tensor(c!) size, float beta1, float beta2, "
+      "float eps, float rate, float decay) -> ()");
+}

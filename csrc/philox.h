@@ -2,7 +2,8 @@
 //
 // Dropout of the attention probability (query i, key j) of head bh takes 16 of the 128 bits of one call: counter
 // (j, i / 8, bh, offset), key = the 64-bit seed, field i % 8. So a vector of consecutive keys needs one call for eight
-// query rows, and the bits depend on the indexes alone, never on a tile or a thread.
+// query rows, and the bits depend on the indexes alone, never on a tile or a thread. Dropout of the rows of a matrix is
+// that with rows for queries, columns for keys, and 0 for bh.
 #pragma once
 
 #include "simd.h"

@@ -14,6 +14,8 @@
 #include <optional>
 #include <thread>
 
+#include "dtype.h"
+
 namespace nlpfast {
 
 using torch::headeronly::ScalarType;
@@ -24,6 +26,20 @@ inline void check_cpu(const Tensor& x, const char* name, ScalarType type, const 
   STD_TORCH_CHECK(x.is_cpu(), name, " must be a CPU tensor");
   STD_TORCH_CHECK(x.scalar_type() == type, name, " must be ", type_name);
   STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, got ", x.dim());
+}
+
+// The dtype of a floating tensor that kernels serve; raises RuntimeError for any other.
+inline Dtype floating_dtype(const Tensor& x, const char* name) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+                  " must be float32, bfloat16 or float16");
+  return type == ScalarType::Float ? Dtype::float32 : type == ScalarType::BFloat16 ? Dtype::bfloat16 : Dtype::float16;
+}
+
+// Raises RuntimeError unless `x` is a contiguous CPU tensor with n elements.
+inline void check_contiguous(const Tensor& x, const char* name, int64_t n) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.numel() == n, name, " must be a contiguous CPU tensor with ", n,
+                  " elements");
 }
 
 // Whether this process was forked and has run no other program since: PF_FORKNOEXEC among the flags of Linux.

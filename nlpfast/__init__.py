@@ -2,6 +2,7 @@
 
 from nlpfast import hf, nn
 from nlpfast.convert import accelerate, undo
+from nlpfast.ops.add_layer_norm import add_layer_norm
 from nlpfast.ops.alignment_loss import alignment_loss, attention_at, hard_alignment
 from nlpfast.ops.attention import attention
 from nlpfast.ops.cross_entropy import cross_entropy
@@ -11,6 +12,7 @@ from nlpfast.ops.varlen_attention import varlen_attention
 __all__ = [
     "__version__",
     "accelerate",
+    "add_layer_norm",
     "alignment_loss",
     "attention",
     "attention_at",

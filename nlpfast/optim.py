@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from nlpfast import native
+
 __all__ = ["AdamW", "Adamax", "OptimizerOptions", "build_optimizer", "linear_weights_and_rest"]
 
 
@@ -215,15 +217,36 @@ class Adamax(_Stepping):
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         means, sizes = (_averages(self, params, name) for name in ("exp_avg", "exp_inf"))
-        lr, (beta1, beta2) = group["lr"], group["betas"]
+        lr, (beta1, beta2), decay = group["lr"], group["betas"], group["lr"] * group["weight_decay"]
+        rates = [lr / (1 - beta1**step) for step in _counted(self, params)]
+        rest = []
+        for number, tensors in enumerate(zip(params, grads, means, sizes, strict=True)):
+            if native.status() == "ok" and all(map(_flat_floats, tensors)):
+                options = (beta1, beta2, group["eps"], rates[number], decay)
+                torch.ops.nlpfast.adamax_step(*tensors, *options)
+            else:
+                rest.append((*tensors, -rates[number]))
+        if rest:
+            self._update_others(group, *map(list, zip(*rest, strict=True)))
+
+    def _update_others(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        means: list[Tensor],
+        sizes: list[Tensor],
+        rates: list[float],
+    ) -> None:
+        """Do the same pass by pass, for other devices, dtypes and strides."""
+        beta1, beta2 = group["betas"]
         torch._foreach_mul_(means, beta1)
         torch._foreach_add_(means, grads, alpha=1 - beta1)
         torch._foreach_mul_(sizes, beta2)
         torch._foreach_maximum_(sizes, torch._foreach_abs(grads))
         if group["weight_decay"]:
-            torch._foreach_add_(params, params, alpha=-lr * group["weight_decay"])
+            torch._foreach_add_(params, params, alpha=-group["lr"] * group["weight_decay"])
         divisors = torch._foreach_add(sizes, group["eps"])
-        rates = [-lr / (1 - beta1**step) for step in _counted(self, params)]
         torch._foreach_addcdiv_(params, means, divisors, rates)
 
 
@@ -235,6 +258,11 @@ def _check(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: f
     for place, value in enumerate(betas):
         if not 0 <= value < 1:
             raise ValueError(f"betas[{place}]={value} must be from 0 to below 1; pass another value")
+
+
+def _flat_floats(x: Tensor) -> bool:
+    """Return whether it is on the CPU, in float32 and contiguous."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
 
 
 def _with_gradients(params: list[Tensor]) -> list[Tensor]:

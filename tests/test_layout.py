@@ -37,8 +37,8 @@ BANNED = re.compile(r"^(utils?|common|misc|helpers?|.*_new|.*_v2)$")
 ENVIRONMENT = {"NLPFAST_BACKEND", "NLPFAST_NATIVE", "NLPFAST_LOG"}
 # Parts may import parts of a lower rank, and themselves; "nlpfast" is the package's own __init__.
 RANKS = {
-    **dict.fromkeys(("files", "native", "optim", "stop", "testing"), 0),
-    "dispatch": 1,
+    **dict.fromkeys(("files", "native", "stop", "testing"), 0),
+    **dict.fromkeys(("dispatch", "optim"), 1),
     **dict.fromkeys(("ops", "data"), 2),
     **dict.fromkeys(("nn", "hf", "decoding", "metrics", "alignment", "plot_run", "hypotheses"), 3),
     "sentence_rewards": 3,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nlpfast import native
 from nlpfast.optim import Adamax, AdamW, build_optimizer, linear_weights_and_rest
 from nlpfast.train import checkpoint
 
@@ -280,6 +281,67 @@ def test_adamax_is_its_formula_to_the_last_places(options):
             starts[shape], lambda t, shape=shape, late=late: wave(shape, t + late), 30 - late, **named
         )
         assert param.detach().numpy() == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("options", [option for option in OPTIONS if "correct_bias" not in option], ids=str)
+def test_adamax_in_one_pass_is_adamax_pass_by_pass(options, monkeypatch):
+    """The native step, and the one for other devices and dtypes; sizes around registers and blocks."""
+    sizes = [(), (0,), (3,), (16,), (5, 7), (1023,), (1024,), (1025,), (300, 171)]
+    torch.manual_seed(1)
+    starts, gradients = ([torch.randn(size) for size in sizes] for _ in range(2))
+    found = []
+    for available in ("ok", "not built"):
+        monkeypatch.setattr(native, "status", lambda available=available: available)
+        params = [torch.nn.Parameter(start.clone()) for start in starts]
+        optimizer = Adamax(params, **options)
+        for t in range(5):
+            for param, gradient in zip(params, gradients, strict=True):
+                param.grad = gradient * (-0.7) ** t
+            optimizer.step()
+        states = [value for p in params for value in map(torch.as_tensor, optimizer.state[p].values())]
+        found.append([*(p.detach() for p in params), *states])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
+
+
+def test_adamax_in_one_pass_takes_what_lies_flat_and_leaves_the_rest():
+    param = torch.nn.Parameter(torch.randn(6, 4).mT)
+    flat = torch.nn.Parameter(param.detach().contiguous())
+    start = flat.detach().clone()
+    optimizer = Adamax([param, flat], lr=0.1)
+    for _ in range(3):
+        gradient = torch.randn(4, 6)
+        param.grad, flat.grad = gradient.clone(), gradient.T.contiguous().T
+        optimizer.step()
+    torch.testing.assert_close(param, flat, rtol=1e-6, atol=1e-7)
+    assert (flat - start).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_adamax_hands_on_what_is_not_finite(value):
+    param = torch.nn.Parameter(torch.ones(20))
+    optimizer = Adamax([param])
+    for gradient in (torch.ones(20), torch.ones(20).index_fill_(0, torch.tensor([3, 17]), value)):
+        param.grad = gradient
+        optimizer.step()
+    state = optimizer.state[param]
+    assert not param[[3, 17]].isfinite().any() and not state["exp_inf"][[3, 17]].isfinite().any()
+    param.grad = torch.ones(20)
+    optimizer.step()
+    bad = torch.zeros(20, dtype=torch.bool).index_fill_(0, torch.tensor([3, 17]), True)
+    assert torch.equal(param.isnan(), bad) and torch.equal(state["exp_inf"].isfinite(), ~bad)
+
+
+def test_adamax_native_arguments_are_checked():
+    step, x = torch.ops.nlpfast.adamax_step, torch.ones(6)
+    for tensors, words in (
+        ((x.double(), x, x, x), "param must be float32"),
+        ((x, x[:5], x, x), "grad must be a contiguous CPU tensor with 6 elements"),
+        ((x, x, torch.ones(12)[::2], x), "mean must be a contiguous"),
+        ((x, x, x, x.half()), "size must be float32"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            step(*tensors, 0.9, 0.999, 1e-8, 1e-3, 0.0)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2.5e-7), (torch.float64, 1e-11)])

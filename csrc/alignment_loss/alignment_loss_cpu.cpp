@@ -43,17 +43,13 @@ void check_heads(const Tensor& x, const char* name, ScalarType type) {
 Problem set_problem(AlignmentLoss& p, const Tensor& query, const Tensor& key, const Tensor& pairs, const Tensor& heads,
                     double scale) {
   const ScalarType type = query.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "query must be float32, bfloat16 or float16");
   check_heads(query, "query", type);
   check_heads(key, "key", type);
   check_cpu(pairs, "pairs", ScalarType::Long, "int64", 2);
   check_cpu(heads, "heads", ScalarType::Long, "int64", 1);
   STD_TORCH_CHECK(pairs.size(1) == 3 && pairs.is_contiguous() && heads.is_contiguous(),
                   "pairs must be contiguous [P, 3] and heads contiguous");
-  p.dtype = type == ScalarType::Float      ? Dtype::float32
-            : type == ScalarType::BFloat16 ? Dtype::bfloat16
-                                           : Dtype::float16;
+  p.dtype = floating_dtype(query, "query");
   p.H = query.size(1), p.L = query.size(2), p.D = query.size(3), p.Hk = key.size(1), p.S = key.size(2);
   p.n = heads.numel();
   STD_TORCH_CHECK(key.size(0) == query.size(0) && key.size(3) == p.D && p.Hk > 0 && p.H % p.Hk == 0,

@@ -29,12 +29,7 @@ void set_problem(CrossEntropy& p, const Tensor& input, const Tensor& target, con
   check_cpu(target, "target", ScalarType::Long, "int64", 2);
   STD_TORCH_CHECK(target.size(0) == input.size(0) && target.size(1) == input.size(1) && target.is_contiguous(),
                   "target must be contiguous [B, T]");
-  const ScalarType type = input.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "input must be float32, bfloat16 or float16");
-  p.dtype = type == ScalarType::Float      ? Dtype::float32
-            : type == ScalarType::BFloat16 ? Dtype::bfloat16
-                                           : Dtype::float16;
+  p.dtype = floating_dtype(input, "input");
   p.T = input.size(1), p.V = input.size(2);
   p.input = rows_of(input);
   p.target = static_cast<const int64_t*>(target.const_data_ptr());

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from nlpfast.models.bert_config import ACTIVATIONS, BertConfig, check_call
 from nlpfast.models.bert_files import BertPretrained
 from nlpfast.nn import BertSelfAttention
+from nlpfast.nn.dropout import Dropout
 from nlpfast.nn.packing import Packing
+from nlpfast.nn.residual import add_norm
 from nlpfast.ops.cross_entropy import cross_entropy
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -81,11 +83,10 @@ class _AddNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(channels, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        out: Tensor = self.LayerNorm(residual + self.dropout(self.dense(x)))
-        return out
+        return add_norm(self.dense(x), residual, self.LayerNorm, self.dropout)[0]
 
 
 class BertLayer(nn.Module):
@@ -121,7 +122,7 @@ class _Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, C)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, C)
         self.LayerNorm = nn.LayerNorm(C, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, types: Tensor | None, packing: Packing | None) -> Tensor:
         if packing is None:

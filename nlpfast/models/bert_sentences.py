@@ -27,6 +27,7 @@ from nlpfast.data.sentences import HIGHEST_SCORE, SentenceTask
 from nlpfast.models.bert import BertModel
 from nlpfast.models.bert_config import BertConfig
 from nlpfast.models.bert_files import BertPretrained
+from nlpfast.nn.dropout import Dropout
 from nlpfast.nn.packing import Packing
 
 __all__ = ["OBJECTIVES", "BertForSentences"]
@@ -76,7 +77,7 @@ class BertForSentences(BertPretrained):
         self.config, self.objective, self.rlayer, self.frozen = config, objective, rlayer, frozen
         self.tasks = {task.name: task for task in tasks}
         self.bert = BertModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         C, heads = config.hidden_size, {}
         for task in tasks:
             if task.kind == "classes":

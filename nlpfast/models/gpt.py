@@ -7,9 +7,8 @@ them work on its `bottleneck_dim` latents, m. Such a model does not see tokens >
 each of them is seen in its own position alone.
 
 A block adds twice to its input: attention over the positions so far, then a two-layer network at each
-position; both read a layer-normalised copy (pre-norm). Sources: Radford et al. 2018, "Improving Language
-Understanding by Generative Pre-Training"; Radford et al. 2019, "Language Models are Unsupervised Multitask
-Learners" (pre-norm).
+position; both read a layer-normalised copy (pre-norm). Sources: Radford et al., "Improving Language
+Understanding by Generative Pre-Training", 2018; "Language Models are Unsupervised Multitask Learners", 2019.
 
 Shapes: B batch, T sequence length, C channels (n_embd), V vocabulary, N tokens of a packed batch.
 """
@@ -36,6 +35,7 @@ from nlpfast.models.gpt_config import (
 )
 from nlpfast.models.perceiver import DownProjectBlock, RecentTokensBlock, UpProjectBlock
 from nlpfast.nn import CausalCrossAttention, CausalSelfAttention
+from nlpfast.nn.dropout import Dropout
 from nlpfast.nn.key_value_cache import KeyValueCache
 from nlpfast.nn.packing import Packing
 from nlpfast.ops.cross_entropy import cross_entropy
@@ -58,7 +58,7 @@ class Block(nn.Module):
             nn.Linear(config.n_embd, 4 * config.n_embd),
             nn.GELU(),
             nn.Linear(4 * config.n_embd, config.n_embd),
-            nn.Dropout(config.resid_pdrop),
+            Dropout(config.resid_pdrop),
         )
 
     def forward(
@@ -101,7 +101,7 @@ class GPT(nn.Module):
         self.block_size = config.block_size
         self.tok_emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.block_size, config.n_embd))
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = Dropout(config.embd_pdrop)
         self._recent = config.perceiver and config.causal_align == "bottom_right"
         blocks = config.n_layer
         if self._recent:

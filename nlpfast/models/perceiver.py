@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlpfast.nn import CausalCrossAttention
+from nlpfast.nn.dropout import Dropout
 from nlpfast.nn.key_value_cache import KeyValueCache
 from nlpfast.nn.packing import Packing
 
@@ -69,7 +70,7 @@ def _mlp(config: PerceiverConfig) -> nn.Sequential:
         nn.Linear(config.n_embd, 4 * config.n_embd),
         nn.GELU(),
         nn.Linear(4 * config.n_embd, config.n_embd),
-        nn.Dropout(config.resid_pdrop),
+        Dropout(config.resid_pdrop),
     )
 
 

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from nlpfast.models.gpt_config import outside_vocabulary
 from nlpfast.models.pretrained import SavedModel, saved_once
 from nlpfast.models.rnnlm_config import RNNLMConfig, check_call
+from nlpfast.nn.dropout import Dropout
 from nlpfast.nn.packing import Packing
 from nlpfast.ops.cross_entropy import cross_entropy
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
@@ -68,7 +69,7 @@ class RNNLM(SavedModel):
         """
         super().__init__(config)
         self.tok_emb = nn.Embedding(config.vocab_size, config.embed_size)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
         # of a single layer torch would say that there is nothing between layers
         between = config.dropout if config.layers > 1 else 0.0
         self.lstm = nn.LSTM(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nlpfast.models.pretrained import SavedModel
 from nlpfast.models.seq2seq_config import Seq2SeqConfig
+from nlpfast.nn.dropout import Dropout
 
 __all__ = ["Seq2SeqParameters"]
 
@@ -52,7 +53,7 @@ class Seq2SeqParameters(SavedModel):
         self.combined_output_projection = nn.Linear(3 * h, h, bias=False)
         if not config.tied:
             self.target_vocab_projection = nn.Linear(h, config.target_vocab, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         with torch.no_grad():
             for parameter in self.parameters():
                 nn.init.uniform_(parameter, -INITIAL, INITIAL)

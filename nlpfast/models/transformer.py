@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nlpfast.models.pretrained import SavedModel, saved_once
 from nlpfast.models.transformer_config import TransformerConfig
-from nlpfast.models.transformer_layers import DecoderLayer, Embeddings, EncoderLayer
+from nlpfast.models.transformer_layers import DecoderLayer, Embeddings, EncoderLayer, Stream
 from nlpfast.models.transformer_state import TransformerState
 from nlpfast.nn.losses import AlignedLoss, LabelSmoothedCrossEntropyWithAlignment
 from nlpfast.nn.packing import Packing
@@ -104,11 +104,10 @@ class Transformer(SavedModel):
         Raises:
             ValueError: a sentence is too long, or (on the CPU) a token is not in the vocabulary.
         """
-        x = self.source(source, packing.positions(len(source)), packing.longest)
+        stream = Stream(self.source(source, packing.positions(len(source)), packing.longest))
         for layer in self.encoder:
-            x = layer(x, packing)
-        memory: Tensor = self.encoder_norm(x)
-        return memory
+            stream = layer(stream, packing)
+        return stream.normed(self.encoder_norm)[0]
 
     def decode(
         self,
@@ -134,17 +133,17 @@ class Transformer(SavedModel):
         """
         places = packing.positions(len(target_in))
         chosen, attended = self.config.aligned_layer(), None
-        x = self.target(target_in, places, packing.longest)
+        stream = Stream(self.target(target_in, places, packing.longest))
         for number, layer in enumerate(self.decoder):
             here = aligned and not self.config.full_context and number == chosen
-            x, found = layer(x, packing, memory, memory_packing, aligned=here)
+            stream, found = layer(stream, packing, memory, memory_packing, aligned=here)
             attended = found if here else attended
-        features: Tensor = self.decoder_norm(x)
+        features, _ = stream.normed(self.decoder_norm)
         if aligned and self.config.full_context:
-            x = self.target(target_in, places, packing.longest)
+            stream = Stream(self.target(target_in, places, packing.longest))
             for layer in list(self.decoder)[:chosen]:
-                x, _ = layer(x, packing, memory, memory_packing, is_causal=False)
-            attended = cast(DecoderLayer, self.decoder[chosen]).probe(x, packing, memory, memory_packing)
+                stream, _ = layer(stream, packing, memory, memory_packing, is_causal=False)
+            attended = cast(DecoderLayer, self.decoder[chosen]).probe(stream, packing, memory, memory_packing)
         return Decoded(features, attended)
 
     @overload
@@ -263,11 +262,11 @@ class Transformer(SavedModel):
         """
         state.make_room()
         places = torch.full((tokens.numel(),), state.position, device=tokens.device)
-        x = self.target(tokens.flatten(), places, state.position + 1)
+        stream = Stream(self.target(tokens.flatten(), places, state.position + 1))
         for number, layer in enumerate(self.decoder):
-            x = cast(DecoderLayer, layer).step(x, state, number)
+            stream = cast(DecoderLayer, layer).step(stream, state, number)
         state.position += 1
-        logits = F.linear(self.decoder_norm(x), self.output_weight)
+        logits = F.linear(stream.normed(self.decoder_norm)[0], self.output_weight)
         return logits.view(*tokens.shape, -1)
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """The layers of a Transformer that translates: embeddings with positions, encoder and decoder layers.
 
 A part of a layer (attention to itself, attention to the memory, a two-layer network) adds to its input; that
-is normalised before the part ("pre") or what comes out is ("post"). Source: Vaswani et al. 2017, "Attention
-is all you need".
+is normalised before the part ("pre") or what comes out is ("post"). With "pre" the sum is left to the norm of
+the next part, as both are one operation. Source: Vaswani et al. 2017, "Attention is all you need".
 
 Shapes: N source rows and M target rows of a packed batch, R hypotheses, C channels.
 """
@@ -10,6 +10,7 @@ Shapes: N source rows and M target rows of a packed batch, R hypotheses, C chann
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,10 @@ from nlpfast.models.transformer_config import TransformerConfig
 from nlpfast.models.transformer_state import TransformerState
 from nlpfast.nn.dropout import Dropout
 from nlpfast.nn.packing import Packing
+from nlpfast.nn.residual import add_norm
 from nlpfast.nn.sequence_attention import Attended, CrossAttention, SelfAttention
 
-__all__ = ["DecoderLayer", "Embeddings", "EncoderLayer", "sinusoids"]
+__all__ = ["DecoderLayer", "Embeddings", "EncoderLayer", "Stream", "sinusoids"]
 
 
 def sinusoids(positions: int, channels: int) -> Tensor:
@@ -103,12 +105,37 @@ class _Network(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.d_model, config.d_ff)
         self.fc2 = nn.Linear(config.d_ff, config.d_model)
-        self.activation = nn.ReLU() if config.activation == "relu" else nn.GELU()
+        # nobody reads what fc1 gives again
+        self.activation = nn.ReLU(inplace=True) if config.activation == "relu" else nn.GELU()
         self.dropout = Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.dropout(self.activation(self.fc1(x))))
         return out
+
+
+class Stream(NamedTuple):
+    """What goes from part to part, [N, C].
+
+    Attributes:
+        x: the input of the next part, or what it is to be added to.
+        part: what the last part gave, which is not added yet; None if there is nothing to add.
+        dropout: of that.
+    """
+
+    x: Tensor
+    part: Tensor | None = None
+    dropout: nn.Dropout | None = None
+
+    def normed(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return the norm of the sum, for linear layers, and the sum.
+
+        Args:
+            norm: `nn.LayerNorm` of the part that comes; any module if there is nothing to add.
+        """
+        if self.part is None or self.dropout is None:
+            return norm(self.x), self.x
+        return add_norm(self.part, self.x, cast(nn.LayerNorm, norm), self.dropout, for_linear=True)
 
 
 class _Layer(nn.Module):
@@ -124,31 +151,31 @@ class _Layer(nn.Module):
         self.network_norm = nn.LayerNorm(C)
         self.dropout = Dropout(config.dropout)
 
-    def _before(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return norm(x) if self.pre else x
+    def _before(self, stream: Stream, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """Return what a part reads, and what it adds to."""
+        return stream.normed(norm) if self.pre else (stream.x, stream.x)
 
-    def _after(self, x: Tensor, part: Tensor, norm: nn.LayerNorm) -> Tensor:
-        x = x + self.dropout(part)
-        return x if self.pre else norm(x)
+    def _after(self, x: Tensor, part: Tensor, norm: nn.LayerNorm) -> Stream:
+        return Stream(x, part, self.dropout) if self.pre else Stream(add_norm(part, x, norm, self.dropout)[0])
 
-    def _through_network(self, x: Tensor) -> Tensor:
-        part = self.network(self._before(x, self.network_norm))
-        return self._after(x, part, self.network_norm)
+    def _through_network(self, stream: Stream) -> Stream:
+        reads, x = self._before(stream, self.network_norm)
+        return self._after(x, self.network(reads), self.network_norm)
 
 
 class EncoderLayer(_Layer):
     """Attention of the source to itself, and a network."""
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """Return the next layer's input; [N, C] -> [N, C].
+    def forward(self, stream: Stream, packing: Packing) -> Stream:
+        """Return what the next layer gets.
 
         Args:
-            x: sentences one after the other.
+            stream: sentences one after the other.
             packing: where they begin and end.
         """
         norm = self.self_attention_norm
-        x = self._after(x, self.self_attention(self._before(x, norm), packing), norm)
-        return self._through_network(x)
+        reads, x = self._before(stream, norm)
+        return self._through_network(self._after(x, self.self_attention(reads, packing), norm))
 
 
 class DecoderLayer(_Layer):
@@ -160,56 +187,58 @@ class DecoderLayer(_Layer):
         self.cross_attention = CrossAttention(config.d_model, config.heads, config.attention_dropout)
         self.cross_attention_norm = nn.LayerNorm(config.d_model)
 
-    def _attend_to_itself(self, x: Tensor, packing: Packing, is_causal: bool) -> Tensor:
+    def _attend_to_itself(self, stream: Stream, packing: Packing, is_causal: bool) -> Stream:
         norm = self.self_attention_norm
-        return self._after(x, self.self_attention(self._before(x, norm), packing, is_causal=is_causal), norm)
+        reads, x = self._before(stream, norm)
+        return self._after(x, self.self_attention(reads, packing, is_causal=is_causal), norm)
 
     def forward(
         self,
-        x: Tensor,
+        stream: Stream,
         packing: Packing,
         memory: Tensor,
         memory_packing: Packing,
         *,
         is_causal: bool = True,
         aligned: bool = False,
-    ) -> tuple[Tensor, Attended | None]:
-        """Return the next layer's input, [M, C], and what the cross-attention's probabilities follow from.
+    ) -> tuple[Stream, Attended | None]:
+        """Return what the next layer gets, and what the cross-attention's probabilities follow from.
 
         Args:
-            x: [M, C], targets one after the other.
+            stream: [M, C], targets one after the other.
             packing: where they begin and end.
             memory: [N, C], the encoder's output.
             memory_packing: where its sentences begin and end.
             is_causal: a token does not see those after it.
             aligned: return the second; None otherwise.
         """
-        x = self._attend_to_itself(x, packing, is_causal)
         norm = self.cross_attention_norm
-        reads = self._before(x, norm)
+        reads, x = self._before(self._attend_to_itself(stream, packing, is_causal), norm)
         part, attended = self.cross_attention(reads, packing, memory, memory_packing, aligned=aligned)
         return self._through_network(self._after(x, part, norm)), attended
 
-    def probe(self, x: Tensor, packing: Packing, memory: Tensor, memory_packing: Packing) -> Attended:
+    def probe(self, stream: Stream, packing: Packing, memory: Tensor, memory_packing: Packing) -> Attended:
         """Return what the cross-attention's probabilities follow from where a token sees those after it.
 
         The arguments are those of `forward`; nothing behind the probabilities is computed.
         """
-        x = self._attend_to_itself(x, packing, is_causal=False)
-        reads = self._before(x, self.cross_attention_norm)
+        stream = self._attend_to_itself(stream, packing, is_causal=False)
+        reads, _ = self._before(stream, self.cross_attention_norm)
         return self.cross_attention.probe(reads, packing, memory, memory_packing)
 
-    def step(self, x: Tensor, state: TransformerState, layer: int) -> Tensor:
-        """Return the next layer's input of one new token of each hypothesis; [R, C] -> [R, C].
+    def step(self, stream: Stream, state: TransformerState, layer: int) -> Stream:
+        """Return what the next layer gets of one new token of each hypothesis; [R, C] each.
 
         Args:
-            x: the tokens, of K hypotheses of each sentence, sentence after sentence.
+            stream: the tokens, of K hypotheses of each sentence, sentence after sentence.
             state: of the decoder; gets the keys and values of this layer.
             layer: the number of this layer.
         """
         norm = self.self_attention_norm
+        reads, x = self._before(stream, norm)
         keys, values = state.own(layer)
-        part = self.self_attention.step(self._before(x, norm), keys, values, state.position)
-        x, norm = self._after(x, part, norm), self.cross_attention_norm
-        part = self.cross_attention.step(self._before(x, norm), *state.memory[layer], state.lengths)
+        stream = self._after(x, self.self_attention.step(reads, keys, values, state.position), norm)
+        norm = self.cross_attention_norm
+        reads, x = self._before(stream, norm)
+        part = self.cross_attention.step(reads, *state.memory[layer], state.lengths)
         return self._through_network(self._after(x, part, norm))

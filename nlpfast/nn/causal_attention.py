@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from nlpfast.nn.dropout import Dropout
 from nlpfast.nn.heads import check_heads, check_sequence, dropout_of, merge_heads, split_heads
 from nlpfast.nn.key_value_cache import KeyValueCache
 from nlpfast.nn.packing import Packing
@@ -51,7 +52,7 @@ class _CausalAttention(nn.Module):
         self.value = nn.Linear(config.n_embd, config.n_embd)
         # carries the probability and the train/eval switch; the kernel does the dropping
         self.attn_drop = nn.Dropout(config.attn_pdrop)
-        self.resid_drop = nn.Dropout(config.resid_pdrop)
+        self.resid_drop = Dropout(config.resid_pdrop)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nlpfast.nn.causal_attention import AttentionConfig
+from nlpfast.nn.dropout import Dropout
 from nlpfast.nn.heads import check_heads, check_sequence, dropout_of, merge_heads
 from nlpfast.ops.attention import attention
 
@@ -52,7 +53,7 @@ class PackedCausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
         # carries the probability and the train/eval switch; the kernel does the dropping
         self.attn_dropout = nn.Dropout(config.attn_pdrop if both is None else both)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop if both is None else both)
+        self.resid_dropout = Dropout(config.resid_pdrop if both is None else both)
         self.n_head = config.n_head
 
     def forward(self, x: Tensor) -> Tensor:

@@ -545,7 +545,7 @@ SENTENCES_WORDS = [
 
 BENCH = [
     *see("bench", "--threads", "--backend", "--device", "--output", "--quick=yes"),
-    ("bench no_such_op", USAGE, "no_such_op", "choose from 'alignment_loss', 'attention'"),
+    ("bench no_such_op", USAGE, "no_such_op", "choose from 'add_layer_norm', 'alignment_loss'"),
     ("bench attention cross_entropy", USAGE, "cross_entropy", "(see nlpfast bench --help)"),
     ("bench attention --out x.json", USAGE, "--out", "(see nlpfast bench --help)"),
     ("bench attention --max-steps 3", USAGE, "--max-steps", "(see nlpfast bench --help)"),

@@ -11,7 +11,8 @@ import torch
 from nlpfast.cli import bench, main
 from nlpfast.cli.options import UsageError
 
-OPS = ["alignment_loss", "attention", "cross_entropy", "linear_cross_entropy", "varlen_attention"]
+OPS = ["add_layer_norm", "alignment_loss", "attention", "cross_entropy", "dropout", "linear_cross_entropy"]
+OPS += ["varlen_attention"]
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "PEERS", (linear.EAGER,))
     alignment = bench.benchmark_module("bench_alignment_loss")
     monkeypatch.setattr(alignment, "CASES", (alignment.Case((1, 2, 5, 6, 4), goals=(("eager", 1e9),)),))
+    norms, drops = (bench.benchmark_module(f"bench_{op}") for op in ("add_layer_norm", "dropout"))
+    monkeypatch.setattr(norms, "CASES", (norms.Case((9, 20), goal=1e9),))
+    monkeypatch.setattr(drops, "CASES", (drops.Case((9, 20), goal=1e9),))
     modules = bench.benchmark_module("bench_modules")
     for name, size in {"B": 2, "T": 9, "C": 16, "H": 2, "M": 4}.items():
         monkeypatch.setattr(modules, name, size)
@@ -171,7 +175,7 @@ def test_every_op_can_be_measured() -> None:
 
 
 def test_a_gpu_is_given_what_has_cases_for_one() -> None:
-    assert bench._names(None, "cuda:0", None) == OPS
+    assert bench._names(None, "cuda:0", None) == [op for op in OPS if op not in ("add_layer_norm", "dropout")]
     assert bench._names(None, "cpu", None) == [
         *bench.ops(),
         "modules",

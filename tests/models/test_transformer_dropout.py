@@ -6,6 +6,7 @@ from plain_transformer import batch, ours, packed
 from torch import nn
 
 from nlpfast.models.transformer import Transformer
+from nlpfast.nn import residual
 from nlpfast.nn.dropout import Dropout
 
 KIND = {"tied": "none", "positions": "learned"}
@@ -77,14 +78,21 @@ def test_drops_in_training_only(option):
     assert torch.equal(model(*sides).features, first)
 
 
-def test_parts_are_dropped_by_themselves():
+def test_parts_are_dropped_by_themselves(monkeypatch):
     """The three parts of a layer share a module, and each draws its own numbers."""
-    model, seen = ours(dropout=0.5).train(), []
-    layer = model.decoder[0]
-    layer.dropout.register_forward_hook(lambda _m, _i, out: seen.append(out == 0))
+    seen, right = [], residual.add_layer_norm
+
+    def spied(part, x, *rest, **options):
+        found = right(part, x, *rest, **options)
+        seen.append((found[1] - x == 0, rest[2]))
+        return found
+
+    monkeypatch.setattr(residual, "add_layer_norm", spied)
+    model = ours(dropout=0.5, decoder_layers=1, encoder_layers=1).train()
     model(*packed(*batch()))
-    assert len(seen) == 3
-    assert not any(torch.equal(seen[i], seen[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert [p for _, p in seen] == [0.5] * 5
+    masks = [mask for mask, _ in seen][2:]
+    assert not any(torch.equal(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_the_second_pass_drops_anew():

@@ -157,7 +157,8 @@ def test_every_lower_instruction_set_passes_the_same_tests(level: str) -> None:
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert said.stdout.strip() == level
     folder = Path(__file__).parent
-    names = ("attention", "attention_hidden", "attention_properties", "varlen_attention")
+    names = ("attention", "attention_hidden", "attention_properties", "varlen_attention", "dropout")
+    names += ("add_layer_norm",)
     tests = [str(folder / f"test_{name}.py") for name in names]
     command = [
         sys.executable,

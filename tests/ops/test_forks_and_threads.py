@@ -16,6 +16,7 @@ from torch import Tensor
 
 import nlpfast
 from nlpfast import dispatch
+from nlpfast.ops import dropout as op
 from nlpfast.testing import make_inputs
 
 FORKS = 20
@@ -66,14 +67,31 @@ def alignment_loss(seed: int, backend: str | None) -> list[Tensor]:
     return [loss, *torch.autograd.grad(out.mean() + loss, (query, key, value))]
 
 
+def add_layer_norm(seed: int, backend: str | None) -> list[Tensor]:
+    part, residual, _ = (x[0, 0] for x in leaves(1, 1, 700, 700, 48, seed))
+    weight = torch.ones(48, requires_grad=True)
+    found = nlpfast.add_layer_norm(part, residual, weight, None, 0.1, seed=seed, backend=backend)
+    return [*found, *torch.autograd.grad(found, (part, residual, weight), (residual, part))]
+
+
+def dropout(seed: int, backend: str | None) -> list[Tensor]:
+    x = leaves(1, 1, 700, 700, 48, seed)[0]
+    out = op.dropout(x, 0.1, seed=seed, backend=backend)
+    return [out, *torch.autograd.grad(out, (x,), x)]
+
+
 OPS: dict[str, Callable[[int, str | None], list[Tensor]]] = {
     function.__name__: function
-    for function in (attention, varlen_attention, cross_entropy, linear_cross_entropy, alignment_loss)
+    for function in (
+        *(attention, varlen_attention, cross_entropy, linear_cross_entropy, alignment_loss),
+        *(add_layer_norm, dropout),
+    )
 }
 
 # the first call in a fork is of a kernel, which may use several threads there; the last two compute
 # with PyTorch's own operations, and have them use one
-ORDER = ["attention", "varlen_attention", "cross_entropy", "alignment_loss", "linear_cross_entropy"]
+ORDER = ["attention", "varlen_attention", "add_layer_norm", "dropout"]
+ORDER += ["cross_entropy", "alignment_loss", "linear_cross_entropy"]
 
 
 def same(actual: list[Tensor], expected: list[Tensor]) -> bool:

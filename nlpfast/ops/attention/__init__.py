@@ -13,6 +13,7 @@ from nlpfast import dispatch, native
 from nlpfast.ops.additions import PairGradients
 from nlpfast.ops.attention import reference
 from nlpfast.ops.second_derivative import refuse_second_derivative
+from nlpfast.ops.seeds import seed_pair
 
 _backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
 if native.status() == "ok":
@@ -129,7 +130,7 @@ def attention(
     _check_options(causal_align, dropout_p)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[3])
-    seed = _seed(seed, query) if dropout_p > 0.0 else None
+    seed = seed_pair(seed, query.device) if dropout_p > 0.0 else None
     if torch.compiler.is_compiling():
         query, key, value, key_lengths, prefix_lengths = _distinct(
             query, key, value, key_lengths, prefix_lengths
@@ -288,29 +289,6 @@ def _check_options(causal_align: str, dropout_p: float) -> None:
         )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must lie in 0..1: pass a probability")
-
-
-def _seed(seed: int | Tensor | None, query: Tensor) -> Tensor:
-    """Return the int64 tensor [seed, offset]."""
-    if seed is None:
-        # From the device's own generator, which torch.manual_seed, checkpointing and CUDA graphs govern.
-        return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed has the dtype {seed.dtype}; it must be torch.int64: call .long() on it")
-        if seed.shape not in ((), (2,)):
-            raise ValueError(
-                f"seed has the shape {_shape(seed)}; it must be [] or [2], seed and offset: reshape it"
-            )
-        if seed.device != query.device:
-            raise _elsewhere("seed", seed, query)
-        return seed if seed.ndim == 1 else torch.stack((seed, torch.zeros_like(seed)))
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; it must fit in 64 bits with sign: take it modulo 2**63")
-    # Filled on the device: a copy from the host could not be captured in a CUDA graph.
-    pair = torch.zeros(2, dtype=torch.int64, device=query.device)
-    pair[:1] = seed
-    return pair
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -18,11 +18,11 @@ from nlpfast.ops.attention import (
     _elsewhere,
     _misfit_alone,
     _misfit_of_heads,
-    _seed,
     _shape,
     autocast,
 )
 from nlpfast.ops.second_derivative import refuse_second_derivative
+from nlpfast.ops.seeds import seed_pair
 from nlpfast.ops.varlen_attention import reference
 
 _backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
@@ -128,7 +128,7 @@ def varlen_attention(
     _check_options(causal_align, dropout_p)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[2])
-    seed = _seed(seed, query) if dropout_p > 0.0 else None
+    seed = seed_pair(seed, query.device) if dropout_p > 0.0 else None
     request = (query, key, value, cu_seq_q, cu_seq_k)
     if torch.compiler.is_compiling():
         request = _distinct(*request)

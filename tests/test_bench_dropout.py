@@ -1,0 +1,52 @@
+"""The benchmarks of dropout and of add_layer_norm, at small sizes."""
+
+import pytest
+import torch
+
+import nlpfast
+from benchmarks import bench_add_layer_norm as norms
+from benchmarks import bench_dropout as bench
+from benchmarks.measure import Settings
+
+BOTH = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+def test_dropout_has_small_errors(dtype: torch.dtype) -> None:
+    case = bench.Case((60, 40), dtype)
+    found = bench.errors(case, [bench.OURS, *bench.PEERS], Settings())
+    for name, errors in found.items():
+        assert errors.keys() == {"out", "dx"}
+        assert max(errors.values()) < (0.05 if dtype == torch.bfloat16 else 1e-6), name
+        (work,) = bench.passes(case, name, Settings(), 1)
+        assert [x.shape for x in work.step()] == [(60, 40)] * 2
+
+
+@pytest.mark.parametrize("wrong", [lambda x, p, **k: x * 1.12, lambda x, p, **k: x * 0])
+def test_wrong_dropout_is_not_timed(wrong, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(bench, "dropout", wrong)
+    with pytest.raises(RuntimeError, match=r"dropped: fix the kernel"):
+        bench.errors(bench.Case((60, 40)), [bench.OURS], Settings())
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_norms_have_small_errors(dtype: torch.dtype, dropout_p: float) -> None:
+    case = norms.Case((30, 40), dtype, dropout_p)
+    found = norms.errors(case, [norms.OURS, *norms.PEERS], Settings())
+    for name, errors in found.items():
+        assert errors.keys() == {"norm", "sum", "d_part", "d_residual", "d_weight", "d_bias"}
+        assert max(errors.values()) < (0.1 if dtype == torch.bfloat16 else 1e-5), name
+        (work,) = norms.passes(case, name, Settings(), 1)
+        if name != norms.COPY:
+            assert [list(x.shape) for x in work.step()] == [[30, 40], [30, 40], [40], [40]]
+    (copied,) = norms.passes(case, norms.COPY, Settings(), 1)
+    # part, residual, norm and sum, read or written once in each direction
+    assert 2 * copied.step()[0].numel() == 2 * 30 * 40 * (2 * dtype.itemsize + 8)
+
+
+def test_wrong_norms_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = nlpfast.add_layer_norm
+    monkeypatch.setattr(nlpfast, "add_layer_norm", lambda *a, **k: tuple(1.01 * x for x in right(*a, **k)))
+    with pytest.raises(RuntimeError, match=r"float32: norm has error .* fix the kernel"):
+        norms.errors(norms.Case((30, 40)), [norms.OURS], Settings())
