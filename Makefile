@@ -34,7 +34,8 @@ test-triton-attention: $(INSTALLED)
 	$(TEST_TRITON) tests/ops/test_*attention*.py
 
 test-triton-losses: $(INSTALLED)
-	$(TEST_TRITON) tests/ops/test_*cross_entropy*.py tests/ops/test_alignment_loss*.py
+	$(TEST_TRITON) tests/ops/test_*cross_entropy*.py tests/ops/test_alignment_loss*.py \
+		tests/ops/test_add_layer_norm.py tests/ops/test_dropout.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -135,7 +135,28 @@ def test_eager_training_prints_a_line_an_epoch(
 ) -> None:
     small = {"pairs": 100, "d_model": 32, "d_ff": 32, "heads": 2, "vocab_size": 200, "eval_sentences": 5}
     monkeypatch.setattr(eager_training, "TranslationOptions", partial(TranslationOptions, **small))
-    eager_training.main(["--epochs", "2", "--max-tokens", "400", "--output-dir", str(tmp_path)])
+    argv = ["--epochs", "3", "--stop-after", "2", "--max-tokens", "400", "--output-dir", str(tmp_path)]
+    eager_training.main(argv)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[1] for line in lines] == ["1", "2"] and all(line[3:5] == ["s", "BLEU"] for line in lines)
-    assert 0 < float(lines[0][2]) < float(lines[1][2])
+    assert [line[1] for line in lines] == ["1", "2"]
+    for name, at in (("nlpfast", 2), ("eager", 7)):
+        assert all(line[at] == name and line[at + 2 : at + 4] == ["s", "BLEU"] for line in lines)
+        assert 0 < float(lines[0][at + 1]) < float(lines[1][at + 1])
+    ratio = float(lines[1][8]) / float(lines[1][3])
+    assert lines[1][12] == "ratio" and abs(float(lines[1][13]) - ratio) < 0.3 * ratio
+
+
+def test_eager_training_and_ours_are_one_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without dropout the two models stay the same, but for rounding."""
+    small = {"pairs": 100, "d_model": 32, "d_ff": 32, "heads": 2, "vocab_size": 200, "dropout": 0.0}
+    monkeypatch.setattr(eager_training, "TranslationOptions", partial(TranslationOptions, **small))
+    models: list[Transformer] = []
+    monkeypatch.setattr(eager_training, "_bleu", lambda model, data, dtype: models.append(model) or 0.0)
+    argv = ["--epochs", "2", "--dtype", "float32", "--max-tokens", "400", "--output-dir", str(tmp_path)]
+    eager_training.main(argv)
+    ours, eager = models[-2].state_dict(), models[-1].state_dict()
+    assert models[-2] is not models[-1]
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, eager[name], rtol=1e-3, atol=1e-4, msg=name)

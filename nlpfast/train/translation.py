@@ -45,6 +45,7 @@ __all__ = [
     "build_model",
     "finished",
     "packings",
+    "prepared",
     "train_translation",
 ]
 
@@ -208,7 +209,7 @@ def train_translation(
         raise ConfigError("strategy", "fsdp", "evaluations translate with whole models, use ddp")
     made: list[TranslationData] = []
     trainer, state = run_task(
-        *(options, config, functools.partial(_prepared, made=made)), resume=resume, quiet=quiet
+        *(options, config, functools.partial(prepared, made=made)), resume=resume, quiet=quiet
     )
     return finished(trainer, state, made[0])
 
@@ -230,10 +231,17 @@ def finished(trainer: Trainer, state: TrainState, data: TranslationData) -> Tran
     return TranslationRun(state, cast(Validation, trainer.score_fn).latest, folder / "model", parameters)
 
 
-def _prepared(
+def prepared(
     options: TranslationOptions, config: TranslationConfig, quiet: bool, made: list[TranslationData]
 ) -> tuple[Trainer, str]:
-    """Return the trainer at the start of a run, and what there is to say of it; `made` gets the data."""
+    """Return the trainer at the start of a run, and what there is to say of it.
+
+    Args:
+        options: text, model and folder, which gets the vocabulary.
+        config: the training loop's settings.
+        quiet: of the trainer.
+        made: gets the data.
+    """
     data = read_translation_data(options, config.seed)
     made.append(data)
     set_seed(config.seed)

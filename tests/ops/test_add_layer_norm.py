@@ -17,14 +17,14 @@ from nlpfast.ops.attention.reference import dropout_keep
 from nlpfast.testing import between_canaries, layouts, poison
 
 OP = "add_layer_norm"
-# of part, residual and norm, as autocast and 16-bit models have them
-TYPES = [
-    (torch.float32, torch.float32, torch.float32),
+# of part, residual and norm, as autocast and 16-bit models have them; one for all three
+DTYPES = [
+    torch.float32,
     (torch.bfloat16, torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.float32, torch.float32),
     (torch.float16, torch.float32, torch.float16),
-    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16, torch.float16),
+    (torch.bfloat16,) * 3,
+    (torch.float16,) * 3,
 ]
 # around groups of 8 rows and registers of 4, 8 and 16 floats; enough for two threads and for all chunks
 SHAPES = [(1, 1), (7, 3), (8, 4), (9, 15), (3, 16), (17, 33), (2, 300), (1, 1024), (600, 40)]
@@ -33,8 +33,14 @@ EXAMPLES = 100 if "ATEN_CPU_CAPABILITY" in os.environ else 500
 EPS = 1e-5
 
 
-def inputs(N: int, C: int, types=TYPES[0], seed: int = 0) -> list[Tensor]:
+def types_of(dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Return the dtypes of part, residual and norm."""
+    return dtype if isinstance(dtype, tuple) else (dtype,) * 3
+
+
+def inputs(N: int, C: int, dtype=torch.float32, seed: int = 0) -> list[Tensor]:
     """Return part, residual, weight and bias."""
+    types = types_of(dtype)
     generator = torch.Generator().manual_seed(seed)
     part, residual = (torch.randn(N, C, generator=generator) for _ in range(2))
     weight, bias = (torch.randn(C, generator=generator) for _ in range(2))
@@ -65,31 +71,32 @@ def exact(tensors, upstream, dropout_p: float, eps: float, seed: int) -> list[Te
     return [out.detach(), total.detach(), *grads]
 
 
-def assert_close(found: list[Tensor], wanted: list[Tensor], types, rows: int) -> None:
+def assert_close(found: list[Tensor], wanted: list[Tensor], dtype, rows: int) -> None:
+    types = types_of(dtype)
     names = ("norm", "sum", "d_part", "d_residual", "d_weight", "d_bias")
-    dtypes = (types[2], types[1], types[0], types[1], torch.float32, torch.float32)
-    for name, dtype, x, y in zip(names, dtypes, found, wanted, strict=True):
-        assert x.dtype == dtype, name
+    kinds = (types[2], types[1], types[0], types[1], torch.float32, torch.float32)
+    for name, kind, x, y in zip(names, kinds, found, wanted, strict=True):
+        assert x.dtype == kind, name
         # one rounding of the result, and sums of rows and channels in float32
-        bound = torch.finfo(dtype).eps * y.abs() + 2e-6 * (rows**0.5 if name[2:] in ("weight", "bias") else 1)
+        bound = torch.finfo(kind).eps * y.abs() + 2e-6 * (rows**0.5 if name[2:] in ("weight", "bias") else 1)
         scale = max([1.0, *y.abs().flatten().tolist()])
         if name == "sum":
             # and that of the product, which may be larger than the sum
-            bound = 1.5 * torch.finfo(dtype).eps * y.abs() + 1e-6
+            bound = 1.5 * torch.finfo(kind).eps * y.abs() + 1e-6
         assert ((x.double() - y).abs() <= bound * (1 if name == "sum" else 1 + 2 * scale)).all(), name
 
 
-@pytest.mark.parametrize("types", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_pytorch_in_float64(backend, shape, dropout_p, types):
-    tensors = inputs(*shape, types)
+def test_against_pytorch_in_float64(backend, shape, dropout_p, dtype):
+    tensors, types = inputs(*shape, dtype), types_of(dtype)
     upstream = [torch.randn(shape).to(types[2]), torch.randn(shape).to(types[1])]
     # a single channel has no variance: its gradients would be differences of large numbers
     eps = EPS if shape[1] > 1 else 1.0
     with poison():
         found = results(tensors, upstream, dropout_p, eps, out_dtype=types[2], seed=11, backend=backend)
-    assert_close(found, exact(tensors, upstream, dropout_p, eps, 11), types, shape[0])
+    assert_close(found, exact(tensors, upstream, dropout_p, eps, 11), dtype, shape[0])
 
 
 def test_by_hand(backend):
@@ -125,9 +132,10 @@ def test_no_dropout_takes_no_number_and_dropout_two(backend):
     assert torch.equal(add_layer_norm(*tensors, 0.5, seed=seed, backend=backend)[1], first)
 
 
-@pytest.mark.parametrize("types", TYPES[:2], ids=str)
-def test_layouts_give_the_same_bits(backend, types):
-    part, residual, weight, bias = inputs(30, 24, types)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_layouts_give_the_same_bits(backend, dtype):
+    types = types_of(dtype)
+    part, residual, weight, bias = inputs(30, 24, dtype)
     upstream = [torch.randn(2, 3, 5, 24).to(types[2]), torch.randn(2, 3, 5, 24)]
     laid_out = [layouts(x.view(2, 3, 5, 24)) for x in (part, residual)]
     options = {"out_dtype": types[2], "seed": 5, "backend": backend}
@@ -280,18 +288,18 @@ def test_compiled_as_one_graph(backend):
 @given(
     st.integers(0, 40),
     st.integers(2, 70),
-    st.sampled_from(TYPES),
+    st.sampled_from(DTYPES),
     st.sampled_from([0.0, 0.1, 0.5, 0.9]),
     st.integers(0, 2**31),
 )
-def test_any_call(N, C, types, dropout_p, seed):
-    tensors = inputs(N, C, types, seed)
+def test_any_call(N, C, dtype, dropout_p, seed):
+    tensors, types = inputs(N, C, dtype, seed), types_of(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     upstream = [torch.randn(N, C, generator=generator).to(x) for x in (types[2], types[1])]
     # two channels that are nearly equal have next to no variance
     eps = 0.1
     found = results(tensors, upstream, dropout_p, eps, out_dtype=types[2], seed=seed)
-    assert_close(found, exact(tensors, upstream, dropout_p, eps, seed), types, max(N, 1))
+    assert_close(found, exact(tensors, upstream, dropout_p, eps, seed), dtype, max(N, 1))
     CASES[f"{types[0]}, {types[1]}, {types[2]}"] += 1
 
 

@@ -15,11 +15,15 @@ from nlpfast.ops.seeds import VALUES, seed_pair
 
 __all__ = ["add_layer_norm"]
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status()}
+_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
 if native.status() == "ok":
     from nlpfast.ops.add_layer_norm import cpu
 
     _backends["cpu"] = cpu
+if dispatch.triton_status() == "ok":
+    from nlpfast.ops.add_layer_norm import triton
+
+    _backends["triton"] = triton
 dispatch.registry["add_layer_norm"] = {**_backends, "reference": reference}
 
 NO_SECOND = "add_layer_norm has no second derivatives: use F.layer_norm of the sum, or drop create_graph=True"

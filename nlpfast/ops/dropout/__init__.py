@@ -15,11 +15,15 @@ from nlpfast.ops.seeds import VALUES, seed_pair
 
 __all__ = ["dropout"]
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status()}
+_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
 if native.status() == "ok":
     from nlpfast.ops.dropout import cpu
 
     _backends["cpu"] = cpu
+if dispatch.triton_status() == "ok":
+    from nlpfast.ops.dropout import triton
+
+    _backends["triton"] = triton
 dispatch.registry["dropout"] = {**_backends, "reference": reference}
 
 Run = Callable[[Tensor, Tensor, int], Tensor]
