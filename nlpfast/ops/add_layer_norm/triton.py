@@ -15,11 +15,11 @@ from nlpfast.ops.add_layer_norm.triton_kernels import _bwd_kernel, _fwd_kernel
 from nlpfast.ops.launch import on_device_of
 from nlpfast.ops.seeds import VALUES
 
-SERVES = "CUDA devices; float32, bfloat16 and float16, C <= 4096, any strides"
+SERVES = "CUDA devices; float32, bfloat16 and float16, C <= 2048, any strides"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED: bool = triton.knobs.runtime.interpret
-# Eight rows of it fill the registers of 16 warps.
-MAX_CHANNELS = 4096
+# Eight rows of more do not stay in the registers of 16 warps.
+MAX_CHANNELS = 2048
 # Rows of a group, as in the kernels.
 GROUP = 8
 # Programs of the backward pass at most, each of which leaves two sums.
@@ -79,7 +79,7 @@ def backward(
 def _options(C: int, threshold: int) -> dict[str, Any]:
     block = max(16, triton.next_power_of_2(C))
     warps = 4 if block <= 256 else 8 if block <= 1024 else 16
-    return {"C": C, "BLOCK_C": block, "DROPOUT": threshold > 0, "num_warps": warps}
+    return {"C": C, "BLOCK_C": block, "DROPOUT": threshold > 0, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def _forward(

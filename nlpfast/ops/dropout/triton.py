@@ -1,4 +1,4 @@
-"""Dropout on GPUs in Triton: a program takes 32 rows of the 64 columns that the elements count as.
+"""Dropout on GPUs: launches the kernel of triton_kernels.py.
 
 With TRITON_INTERPRET=1 set when Python starts, the kernel runs on the CPU, in float32.
 """
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from nlpfast.ops.attention.triton_tile import kept, survivors
 from nlpfast.ops.dropout.reference import COLUMNS
+from nlpfast.ops.dropout.triton_kernels import _kernel
 from nlpfast.ops.launch import on_device_of
 from nlpfast.ops.seeds import VALUES
 
@@ -46,19 +45,6 @@ def backward(grad: Tensor, seed: Tensor, threshold: int) -> Tensor:
     return forward(grad, seed, threshold)
 
 
-@triton.jit
-def _kernel(
-    x_ptr, seed_ptr, out_ptr, n, threshold, factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    program = tl.program_id(0)
-    bits = survivors(seed_ptr, program * 0, program * ROWS, 0, threshold, ROWS, COLUMNS, False)
-    rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    place = rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    x = tl.load(x_ptr + place, mask=place < n, other=0.0).to(tl.float32)
-    out = tl.where(kept(bits, False), x * factor, 0.0)
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=place < n)
-
-
 def _run(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
     x = x.contiguous()
     out, n = torch.empty_like(x), x.numel()
@@ -66,7 +52,8 @@ def _run(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
     if n > 0:
         with on_device_of(x):
             grid = (triton.cdiv(n, ROWS * COLUMNS),)
-            _kernel[grid](x, seed.contiguous(), out, n, threshold, factor, ROWS=ROWS, COLUMNS=COLUMNS)
+            constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "enable_fp_fusion": True}
+            _kernel[grid](x, seed.contiguous(), out, n, threshold, factor, **constants)
     return out
 
 
