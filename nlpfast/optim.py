@@ -261,8 +261,9 @@ def _check(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: f
 
 
 def _flat_floats(x: Tensor) -> bool:
-    """Return whether it is on the CPU, in float32 and contiguous."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+    """Return whether it is in float32 and contiguous, on the CPU and whole there."""
+    alone = type(x) in (Tensor, nn.Parameter)
+    return alone and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
 
 
 def _with_gradients(params: list[Tensor]) -> list[Tensor]:
