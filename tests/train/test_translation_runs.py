@@ -294,7 +294,7 @@ def test_seeds_reach_text_batches_and_weights(files):
     ]
     assert rows[0] != rows[1] and sorted(itertools.chain(*rows[0])) == sorted(itertools.chain(*rows[1]))
     made = []
-    trainer, _ = translation._prepared(options(), settings(seed=3), True, made)
+    trainer, _ = translation.prepared(options(), settings(seed=3), True, made)
     assert Path("run/data/train.source").read_text().splitlines() == invented_pairs(800, 3).source[:100]
     set_seed(3)
     special = {"pad_id": 0, "bos_id": 1, "eos_id": 2}
@@ -305,14 +305,14 @@ def test_seeds_reach_text_batches_and_weights(files):
 
 def test_options_reach_the_trainer():
     aligned = {"criterion": ALIGNED, "align_shift": 1, "label_smoothing": 0.2, "alignment_lambda": 0.7}
-    trainer, _ = translation._prepared(options(**aligned), settings(), True, [])
+    trainer, _ = translation.prepared(options(**aligned), settings(), True, [])
     criterion = trainer.steps.loss_fn.criterion
     assert (criterion.label_smoothing, criterion.alignment_lambda, criterion.align_shift) == (0.2, 0.7, 1)
     assert trainer.model.config.align_shift == 1
     assert trainer.metadata["options"] == dataclasses.asdict(options(**aligned))
     batches = len(trainer.feed.dataset)
     accumulated = TranslationConfig(max_epochs=8, accumulation_steps=batches - 1, device="cpu")
-    trainer, _ = translation._prepared(options(**aligned), accumulated, True, [])
+    trainer, _ = translation.prepared(options(**aligned), accumulated, True, [])
     # the last step of an epoch has one batch
     assert (trainer.config.eval_every, trainer.config.warmup_steps) == (2, 2)
 
