@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nlpfast.ops.add_layer_norm import add_layer_norm
+from nlpfast.ops.seeds import VALUES
 
 __all__ = ["add_norm"]
 
@@ -27,7 +28,7 @@ def add_norm(
             residual's.
     """
     p = dropout.p if dropout.training else 0.0
-    if residual.device.type != "cpu" or torch.compiler.is_compiling() or round(p * 65536) == 65536:
+    if residual.device.type != "cpu" or torch.compiler.is_compiling() or round(p * VALUES) == VALUES:
         total = residual + dropout(part)
         return norm(total), total
     out_dtype = None

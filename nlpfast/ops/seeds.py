@@ -1,14 +1,29 @@
-"""The seed of an op's dropout: Philox's key and offset."""
+"""The random bits of an op's dropout: Philox's key and offset, and how many values drop an element."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["VALUES", "seed_pair"]
+__all__ = ["VALUES", "drop_threshold", "seed_pair"]
 
 # of the 16 random bits of an element
 VALUES = 1 << 16
+
+
+def drop_threshold(p: float, name: str) -> int:
+    """Return below which of its `VALUES` an element is dropped.
+
+    Args:
+        p: probability.
+        name: of p, for the message.
+
+    Raises:
+        ValueError: p is not at least 0 and, in 16 bits, below 1.
+    """
+    if not 0.0 <= p < 1.0 or (threshold := round(p * VALUES)) == VALUES:
+        raise ValueError(f"{name} is {p}; it must be at least 0 and below 1: pass a probability")
+    return threshold
 
 
 def seed_pair(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from nlpfast import dispatch, native
 from nlpfast.ops.add_layer_norm import reference
 from nlpfast.ops.second_derivative import refuse_second_derivative
-from nlpfast.ops.seeds import VALUES, seed_pair
+from nlpfast.ops.seeds import drop_threshold, seed_pair
 
 __all__ = ["add_layer_norm"]
 
@@ -163,6 +163,4 @@ def _check(
             raise ValueError(
                 f"{name} is on {x.device}; it must be on the residual's {residual.device}: move it"
             )
-    if not 0.0 <= dropout_p < 1.0 or (threshold := round(dropout_p * VALUES)) == VALUES:
-        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1: pass a probability")
-    return threshold
+    return drop_threshold(dropout_p, "dropout_p")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nlpfast import dispatch, native
 from nlpfast.ops.dropout import reference
-from nlpfast.ops.seeds import VALUES, seed_pair
+from nlpfast.ops.seeds import drop_threshold, seed_pair
 
 __all__ = ["dropout"]
 
@@ -54,8 +54,7 @@ def dropout(x: Tensor, p: float, *, seed: int | Tensor | None = None, backend: s
     Papers: Srivastava et al., "Dropout", 2014. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
     (Philox), 2011.
     """
-    if not 0.0 <= p < 1.0 or (threshold := round(p * VALUES)) == VALUES:
-        raise ValueError(f"p is {p}; it must be at least 0 and below 1: pass a probability")
+    threshold = drop_threshold(p, "p")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"x has the dtype {x.dtype}; it must be floating: convert it")
     module = dispatch.choose("dropout", x.device.type, backend, (x,))
