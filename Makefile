@@ -35,7 +35,7 @@ test-triton-attention: $(INSTALLED)
 
 test-triton-losses: $(INSTALLED)
 	$(TEST_TRITON) tests/ops/test_*cross_entropy*.py tests/ops/test_alignment_loss*.py \
-		tests/ops/test_add_layer_norm.py tests/ops/test_dropout.py
+		tests/ops/test_add_layer_norm.py tests/ops/test_bias_gelu.py tests/ops/test_dropout.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

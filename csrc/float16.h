@@ -75,6 +75,23 @@ inline void store(Float16* p, Floats x) {
 #endif
 }
 
+// The first n elements of a register, or all; the other lanes are zeros, and nothing behind is read or written.
+template <class Element>
+inline Floats load_first(const Element* p, int64_t n) {
+  if (n >= LANES) return load(p);
+  Element rest[LANES] = {};
+  std::memcpy(rest, p, n * sizeof(Element));
+  return load(rest);
+}
+
+template <class Element>
+inline void store_first(Element* p, Floats x, int64_t n) {
+  if (n >= LANES) return store(p, x);
+  Element rest[LANES];
+  store(rest, x);
+  std::memcpy(p, rest, n * sizeof(Element));
+}
+
 // One element, through a register whose other lanes are zeros.
 template <class Element>
 inline float to_float(Element x) {

@@ -70,6 +70,19 @@ inline Floats maximum(Floats a, Floats b) {
 #endif
 }
 
+// Lane-wise minimum; NaN as of `maximum`.
+inline Floats minimum(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (Floats)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // Products of the low 32 bits of each 64-bit lane.
 inline ULongs multiply_low_halves(ULongs a, ULongs b) {
 #if defined(__AVX512F__)

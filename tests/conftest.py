@@ -24,6 +24,11 @@ settings.register_profile(
 settings.register_profile("soak", settings.get_profile("ci"), derandomize=False, max_examples=100_000)
 settings.load_profile("ci")
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import hasten
+
+    hasten()
+
 
 # A shell that starts the tests in the background has them ignore SIGINT, and with them all that they start.
 for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):

@@ -1,10 +1,11 @@
-"""The benchmarks of dropout and of add_layer_norm, at small sizes."""
+"""The benchmarks of dropout, add_layer_norm and bias_gelu, at small sizes."""
 
 import pytest
 import torch
 
 import nlpfast
 from benchmarks import bench_add_layer_norm as norms
+from benchmarks import bench_bias_gelu as gelus
 from benchmarks import bench_dropout as bench
 from benchmarks.measure import Settings
 
@@ -50,3 +51,26 @@ def test_wrong_norms_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nlpfast, "add_layer_norm", lambda *a, **k: tuple(1.01 * x for x in right(*a, **k)))
     with pytest.raises(RuntimeError, match=r"float32: norm has error .* fix the kernel"):
         norms.errors(norms.Case((30, 40)), [norms.OURS], Settings())
+
+
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize(("approximate", "dropout_p"), [("none", 0.0), ("tanh", 0.1)])
+def test_gelus_have_small_errors(dtype: torch.dtype, approximate: str, dropout_p: float) -> None:
+    case = gelus.Case((30, 40), dtype, approximate, dropout_p)
+    found = gelus.errors(case, [gelus.OURS, *gelus.PEERS], Settings())
+    for name, errors in found.items():
+        assert errors.keys() == {"out", "dx", "d_bias"}
+        assert max(errors.values()) < (0.1 if dtype == torch.bfloat16 else 1e-5), name
+        (work,) = gelus.passes(case, name, Settings(), 1)
+        if name != gelus.COPY:
+            assert [list(x.shape) for x in work.step()] == [[30, 40], [40]]
+    (copied,) = gelus.passes(case, gelus.COPY, Settings(), 1)
+    # read or written once: x and the output there, x and two gradients back
+    assert 2 * copied.step()[0].numel() == 5 * 30 * 40 * dtype.itemsize
+
+
+def test_wrong_gelus_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = nlpfast.bias_gelu
+    monkeypatch.setattr(nlpfast, "bias_gelu", lambda *a, **k: 1.01 * right(*a, **k))
+    with pytest.raises(RuntimeError, match=r"float32: out has error .* fix the kernel"):
+        gelus.errors(gelus.Case((30, 40)), [gelus.OURS], Settings())

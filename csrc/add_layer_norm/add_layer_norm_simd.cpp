@@ -15,9 +15,8 @@
 #include <cstring>
 #include <vector>
 
+#include "../dropout/factors.h"
 #include "../float16.h"
-#include "../philox.h"
-#include "../simd.h"
 #include "add_layer_norm.h"
 
 namespace nlpfast::NLPFAST_ISA {
@@ -37,15 +36,9 @@ const float* read(Dtype dtype, const char* tensor, int64_t number, int64_t C, fl
   return with_element(dtype, [&](auto element) -> const float* {
     using Element = decltype(element);
     const Element* row = reinterpret_cast<const Element*>(tensor) + number * C;
-    const int64_t whole = C / LANES * LANES;
     if constexpr (sizeof(Element) == sizeof(float))
-      if (whole == C) return reinterpret_cast<const float*>(row);
-    for (int64_t c = 0; c < whole; c += LANES) store(buffer + c, load(row + c));
-    if (whole < C) {
-      Element rest[LANES] = {};
-      std::memcpy(rest, row + whole, (C - whole) * sizeof(Element));
-      store(buffer + whole, load(rest));
-    }
+      if (C % LANES == 0) return reinterpret_cast<const float*>(row);
+    for (int64_t c = 0; c < C; c += LANES) store(buffer + c, load_first(row + c, C - c));
     return buffer;
   });
 }
@@ -62,13 +55,7 @@ void written(Dtype dtype, char* tensor, int64_t number, int64_t C, const float* 
     using Element = decltype(element);
     Element* row = reinterpret_cast<Element*>(tensor) + number * C;
     if (reinterpret_cast<const char*>(row) == reinterpret_cast<const char*>(values)) return;
-    const int64_t whole = C / LANES * LANES;
-    for (int64_t c = 0; c < whole; c += LANES) store(row + c, load(values + c));
-    if (whole < C) {
-      Element rest[LANES];
-      store(rest, load(values + whole));
-      std::memcpy(row + whole, rest, (C - whole) * sizeof(Element));
-    }
+    for (int64_t c = 0; c < C; c += LANES) store_first(row + c, load(values + c), C - c);
   });
 }
 
@@ -82,18 +69,6 @@ inline float sum_of(int64_t width, F&& term) {
     for (int64_t u = 0; u < 4; ++u) sums[u] += term(c + u * LANES);
   for (; c < width; c += LANES) sums[0] += term(c);
   return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
-// The factors of a group's elements: 0 where the mask drops.
-void fill_factors(const Dropping& d, int64_t group, Scratch& scratch) {
-  const int64_t width = scratch.width;
-  for (int64_t c = 0; c < width; c += LANES) {
-    const PhiloxWords words = philox({d.seed, d.offset}, (uint32_t)c, (uint32_t)group, 0);
-#pragma GCC unroll 8
-    for (int64_t row = 0; row < DROPOUT_ROWS; ++row)
-      store(&scratch.factors[row * width + c],
-            (Floats)((Ints)broadcast(d.factor) & kept(words, (int)row, d.threshold)));
-  }
 }
 
 // s - mean, and 0 past the end of the row.
@@ -135,7 +110,7 @@ void forward_row(const AddLayerNormForward& p, int64_t n, const float* factors, 
 void forward(const AddLayerNormForward& p, int64_t begin, int64_t end) {
   Scratch scratch(p.C, p.dropping.threshold > 0);
   for (int64_t group = begin; group < end; ++group) {
-    if (p.dropping.threshold > 0) fill_factors(p.dropping, group, scratch);
+    if (p.dropping.threshold > 0) fill_factors(p.dropping, group, scratch.width, scratch.factors.data());
     for (int64_t n = group * DROPOUT_ROWS, row = 0; row < DROPOUT_ROWS && n < p.N; ++n, ++row)
       forward_row(p, n, p.dropping.threshold > 0 ? &scratch.factors[row * scratch.width] : nullptr, scratch);
   }
@@ -181,7 +156,7 @@ void backward(const AddLayerNormBackward& p, int64_t begin, int64_t end) {
     std::fill(totals.begin(), totals.end(), 0.0f);
     const int64_t first = chunk * p.groups_per_chunk, last = std::min(first + p.groups_per_chunk, groups);
     for (int64_t group = first; group < last; ++group) {
-      if (p.dropping.threshold > 0) fill_factors(p.dropping, group, scratch);
+      if (p.dropping.threshold > 0) fill_factors(p.dropping, group, scratch.width, scratch.factors.data());
       for (int64_t n = group * DROPOUT_ROWS, row = 0; row < DROPOUT_ROWS && n < p.N; ++n, ++row)
         backward_row(p, n, p.dropping.threshold > 0 ? &scratch.factors[row * width] : nullptr, weight, totals.data(),
                      scratch);

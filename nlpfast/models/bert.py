@@ -25,6 +25,7 @@ from nlpfast.models.bert_config import ACTIVATIONS, BertConfig, check_call
 from nlpfast.models.bert_files import BertPretrained
 from nlpfast.nn import BertSelfAttention
 from nlpfast.nn.dropout import Dropout
+from nlpfast.nn.network import linear_gelu
 from nlpfast.nn.packing import Packing
 from nlpfast.nn.residual import add_norm
 from nlpfast.ops.cross_entropy import cross_entropy
@@ -67,13 +68,10 @@ class BertPreTrainingOutput(NamedTuple):
     seq_relationship_logits: Tensor
 
 
-class _Activation(nn.Module):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.approximate = ACTIVATIONS[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x) if self.approximate is None else F.gelu(x, approximate=self.approximate)
+def _activated(x: Tensor, linear: nn.Module, name: str) -> Tensor:
+    """Return the activation of this name of ``linear(x)``."""
+    approximate = ACTIVATIONS[name]
+    return F.relu(linear(x)) if approximate is None else linear_gelu(x, cast(nn.Linear, linear), approximate)
 
 
 class _AddNorm(nn.Module):
@@ -99,7 +97,7 @@ class BertLayer(nn.Module):
         self.attention = nn.ModuleDict({"self": BertSelfAttention(config), "output": _AddNorm(C, config)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(C, config.intermediate_size)})
         self.output = _AddNorm(config.intermediate_size, config)
-        self.activation = _Activation(config.hidden_act)
+        self.activation = config.hidden_act
 
     def forward(
         self, x: Tensor, attention_mask: Tensor | None = None, *, packing: Packing | None = None
@@ -110,7 +108,7 @@ class BertLayer(nn.Module):
         """
         context = self.attention["self"](x, attention_mask, packing=packing)
         x = self.attention["output"](context, x)
-        out: Tensor = self.output(self.activation(self.intermediate["dense"](x)), x)
+        out: Tensor = self.output(_activated(x, self.intermediate["dense"], self.activation), x)
         return out
 
 
@@ -204,11 +202,11 @@ class _Predictions(nn.Module):
         C = config.hidden_size
         norm = nn.LayerNorm(C, config.layer_norm_eps)
         self.transform = nn.ModuleDict({"dense": nn.Linear(C, C), "LayerNorm": norm})
-        self.activation = _Activation(config.hidden_act)
+        self.activation = config.hidden_act
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.transform["LayerNorm"](self.activation(self.transform["dense"](x)))
+        out: Tensor = self.transform["LayerNorm"](_activated(x, self.transform["dense"], self.activation))
         return out
 
 

@@ -6,8 +6,7 @@ With `perceiver` the first and the last layer are those of a bottleneck (perceiv
 them work on its `bottleneck_dim` latents, m. Such a model does not see tokens >= m through the bottleneck:
 each of them is seen in its own position alone.
 
-A block adds twice to its input: attention over the positions so far, then a two-layer network at each
-position; both read a layer-normalised copy (pre-norm). Sources: Radford et al., "Improving Language
+The blocks are in gpt_block.py. Sources: Radford et al., "Improving Language
 Understanding by Generative Pre-Training", 2018; "Language Models are Unsupervised Multitask Learners", 2019.
 
 Shapes: B batch, T sequence length, C channels (n_embd), V vocabulary, N tokens of a packed batch.
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlpfast.models import pretrained
+from nlpfast.models.gpt_block import Block
 from nlpfast.models.gpt_cache import GPTCache
 from nlpfast.models.gpt_config import (
     GPT1Config,
@@ -36,45 +36,14 @@ from nlpfast.models.gpt_config import (
 from nlpfast.models.perceiver import DownProjectBlock, RecentTokensBlock, UpProjectBlock
 from nlpfast.nn import CausalCrossAttention, CausalSelfAttention
 from nlpfast.nn.dropout import Dropout
-from nlpfast.nn.key_value_cache import KeyValueCache
+from nlpfast.nn.network import has_hooks
 from nlpfast.nn.packing import Packing
+from nlpfast.nn.residual import Stream
 from nlpfast.ops.cross_entropy import cross_entropy
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from nlpfast.optim import OptimizerOptions, build_optimizer, linear_weights_and_rest
 
 __all__ = ["GPT", "Block", "GPT1Config", "GPTCache", "GPTConfig", "OptimizerOptions"]
-
-
-class Block(nn.Module):
-    """One layer: ``x = x + attn(ln1(x))``, then ``x = x + mlp(ln2(x))``."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        """Build the attention and the two-layer network, 4 C wide in the middle."""
-        super().__init__()
-        self.ln1 = nn.LayerNorm(config.n_embd)
-        self.ln2 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.n_embd, 4 * config.n_embd),
-            nn.GELU(),
-            nn.Linear(4 * config.n_embd, config.n_embd),
-            Dropout(config.resid_pdrop),
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        layer_past: KeyValueCache | None = None,
-        *,
-        prefix_lengths: Tensor | None = None,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        """Return the next layer's input; [B, T, C] -> [B, T, C], or [N, C] -> [N, C] with `packing`.
-
-        The options are those of `CausalSelfAttention`.
-        """
-        x = x + self.attn(self.ln1(x), layer_past, prefix_lengths=prefix_lengths, packing=packing)
-        return x + self.mlp(self.ln2(x))
 
 
 class GPT(nn.Module):
@@ -159,7 +128,7 @@ class GPT(nn.Module):
                 case.
         """
         check_call(self.config, idx, targets, prefix_lengths, packing)
-        x = self.ln_f(self._last_layer(idx, prefix_lengths, packing))
+        x, _ = self._last_layer(idx, prefix_lengths, packing).normed(self.ln_f)
         if targets is not None and self._recent:
             targets = targets[:, -x.shape[1] :]
         ignored = self.config.ignore_index
@@ -179,8 +148,7 @@ class GPT(nn.Module):
             ValueError: as `forward`.
         """
         check_call(self.config, idx, None, None, packing)
-        out: Tensor = self.ln_f(self._last_layer(idx, packing=packing))
-        return out
+        return self._last_layer(idx, packing=packing).normed(self.ln_f)[0]
 
     def _last_layer(
         self,
@@ -188,7 +156,7 @@ class GPT(nn.Module):
         prefix_lengths: Tensor | None = None,
         packing: Packing | None = None,
         cache: GPTCache | None = None,
-    ) -> Tensor:
+    ) -> Stream:
         """Return what the last layer gives, [B, T, C] or [N, C]."""
         x = self._embedded(idx, packing)
         if not self.config.perceiver:
@@ -197,12 +165,10 @@ class GPT(nn.Module):
             return self._through_blocks(self.recent_block(x))
         if packing is not None:
             latents, of_latents = self.down_block.packed(x, packing)
-            y = self._through_blocks(latents, packing=of_latents)
-            out: Tensor = self.up_block(y, x, packing=packing, kv_packing=of_latents)
-            return out
-        y = self._through_blocks(self.down_block(x, cache and cache.down), cache)
-        out = self.up_block(y, x, layer_past=cache and cache.up)
-        return out
+            y = self._through_blocks(latents, packing=of_latents).total()
+            return Stream(self.up_block(y, x, packing=packing, kv_packing=of_latents))
+        y = self._through_blocks(self.down_block(x, cache and cache.down), cache).total()
+        return Stream(self.up_block(y, x, layer_past=cache and cache.up))
 
     def _words(self, idx: Tensor) -> Tensor:
         try:
@@ -218,10 +184,15 @@ class GPT(nn.Module):
         out: Tensor = self.drop(self._words(idx) + places)
         return out
 
-    def _through_blocks(self, x: Tensor, cache: GPTCache | None = None, **options: Any) -> Tensor:
+    def _through_blocks(self, x: Tensor, cache: GPTCache | None = None, **options: Any) -> Stream:
+        stream = Stream(x)
         for number, block in enumerate(self.blocks):
-            x = block(x, cache and cache.layers[number], **options)
-        return x
+            past = cache and cache.layers[number]
+            # hooks are for tensors
+            hooked = has_hooks(block)
+            out = block(stream.total() if hooked else stream, past, **options)
+            stream = Stream(out) if hooked else out
+        return stream
 
     @torch.no_grad()
     def prefill(
@@ -246,7 +217,7 @@ class GPT(nn.Module):
             raise ValueError(f"config.causal_align='bottom_right' has no cache: {rule}")
         check_prompts(idx, lengths, prefix_lengths)
         cache = GPTCache(self.config, lengths)
-        x = self._last_layer(idx, prefix_lengths, cache=cache)
+        x = self._last_layer(idx, prefix_lengths, cache=cache).total()
         rows = torch.arange(len(idx), device=idx.device)
         return self.head(self.ln_f(x[rows, lengths - 1])), cache
 
@@ -274,11 +245,11 @@ class GPT(nn.Module):
         x = self._words(tokens) + self.pos_emb[0, cache.lengths]
         x = self.drop(x)[:, None]
         if not self.config.perceiver:
-            x = self._through_blocks(x, cache)
+            x = self._through_blocks(x, cache).total()
         else:
             y = None
             if cache.shortest < self.config.bottleneck_dim:
-                y = self._through_blocks(self.down_block(x, cache.down), cache)
+                y = self._through_blocks(self.down_block(x, cache.down), cache).total()
             x = self.up_block(y, x, layer_past=cache.up)
         cache.advance()
         return self.head(self.ln_f(x[:, 0]))

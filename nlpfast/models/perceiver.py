@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlpfast.nn import CausalCrossAttention
-from nlpfast.nn.dropout import Dropout
 from nlpfast.nn.key_value_cache import KeyValueCache
+from nlpfast.nn.network import Network
 from nlpfast.nn.packing import Packing
+from nlpfast.nn.residual import add_norm
 
 __all__ = ["DownProjectBlock", "PerceiverConfig", "RecentTokensBlock", "UpProjectBlock"]
 
@@ -65,15 +66,6 @@ class PerceiverConfig(Protocol):
     residual: bool
 
 
-def _mlp(config: PerceiverConfig) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(config.n_embd, 4 * config.n_embd),
-        nn.GELU(),
-        nn.Linear(4 * config.n_embd, config.n_embd),
-        Dropout(config.resid_pdrop),
-    )
-
-
 class DownProjectBlock(nn.Module):
     """Latents that have looked at the tokens: ``h = attn(ln1(x), ln1(C))``, then ``h + mlp(ln2(h))``.
 
@@ -99,7 +91,7 @@ class DownProjectBlock(nn.Module):
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.attn = CausalCrossAttention(config)
-        self.mlp = _mlp(config)
+        self.mlp = Network(config.n_embd, config.resid_pdrop)
 
     def forward(self, x: Tensor, layer_past: KeyValueCache | None = None) -> Tensor:
         """Return the latents that tokens can see.
@@ -151,7 +143,7 @@ class RecentTokensBlock(nn.Module):
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.attn = CausalCrossAttention(config, "bottom_right")
-        self.mlp = _mlp(config)
+        self.mlp = Network(config.n_embd, config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the representation of the last tokens.
@@ -163,8 +155,9 @@ class RecentTokensBlock(nn.Module):
             [B, min(m, T), C].
         """
         normal = self.ln1(x)
-        h = x[:, -self.m :] + self.attn(x_kv=normal, x_q=normal[:, -self.m :])
-        out: Tensor = h + self.mlp(self.ln2(h))
+        part = self.attn(x_kv=normal, x_q=normal[:, -self.m :], drop_output=False)
+        reads, h = add_norm(part, x[:, -self.m :], self.ln2, self.attn.resid_drop, for_linear=True)
+        out: Tensor = h + self.mlp(reads)
         return out
 
 
@@ -177,7 +170,7 @@ class UpProjectBlock(nn.Module):
         self.ln1 = nn.LayerNorm(config.n_embd)
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.attn = CausalCrossAttention(config)
-        self.mlp = _mlp(config)
+        self.mlp = Network(config.n_embd, config.resid_pdrop)
         self.normalize_query, self.residual = config.normalize_query, config.residual
 
     def forward(
@@ -203,13 +196,16 @@ class UpProjectBlock(nn.Module):
             [B, T, C], or [N, C].
         """
         query = self.ln1(x_input) if self.normalize_query else x_input
-        h: Tensor = self.attn(
+        part = self.attn(
             x_kv=None if y is None else self.ln1(y),
             x_q=query,
             layer_past=layer_past,
             packing=packing,
             kv_packing=kv_packing,
+            drop_output=not self.residual,
         )
-        if self.residual:
-            h = x_input + h
-        return h + self.mlp(self.ln2(h))
+        if not self.residual:
+            return part + self.mlp(self.ln2(part))
+        reads, h = add_norm(part, x_input, self.ln2, self.attn.resid_drop, for_linear=True)
+        out: Tensor = h + self.mlp(reads)
+        return out

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from nlpfast.models.pretrained import SavedModel, saved_once
 from nlpfast.models.transformer_config import TransformerConfig
-from nlpfast.models.transformer_layers import DecoderLayer, Embeddings, EncoderLayer, Stream
+from nlpfast.models.transformer_layers import DecoderLayer, Embeddings, EncoderLayer
 from nlpfast.models.transformer_state import TransformerState
 from nlpfast.nn.losses import AlignedLoss, LabelSmoothedCrossEntropyWithAlignment
 from nlpfast.nn.packing import Packing
+from nlpfast.nn.residual import Stream
 from nlpfast.nn.sequence_attention import Attended
 
 __all__ = ["Decoded", "Transformer", "TransformerConfig"]

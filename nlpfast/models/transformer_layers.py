@@ -10,7 +10,6 @@ Shapes: N source rows and M target rows of a packed batch, R hypotheses, C chann
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 from nlpfast.models.transformer_config import TransformerConfig
 from nlpfast.models.transformer_state import TransformerState
 from nlpfast.nn.dropout import Dropout
+from nlpfast.nn.network import linear_gelu
 from nlpfast.nn.packing import Packing
-from nlpfast.nn.residual import add_norm
+from nlpfast.nn.residual import Stream, add_norm
 from nlpfast.nn.sequence_attention import Attended, CrossAttention, SelfAttention
 
-__all__ = ["DecoderLayer", "Embeddings", "EncoderLayer", "Stream", "sinusoids"]
+__all__ = ["DecoderLayer", "Embeddings", "EncoderLayer", "sinusoids"]
 
 
 def sinusoids(positions: int, channels: int) -> Tensor:
@@ -105,37 +105,14 @@ class _Network(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.d_model, config.d_ff)
         self.fc2 = nn.Linear(config.d_ff, config.d_model)
-        # nobody reads what fc1 gives again
-        self.activation = nn.ReLU(inplace=True) if config.activation == "relu" else nn.GELU()
+        self.gelu = config.activation == "gelu"
         self.dropout = Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.dropout(self.activation(self.fc1(x))))
+        # nobody reads what fc1 gives again
+        middle = linear_gelu(x, self.fc1) if self.gelu else F.relu(self.fc1(x), inplace=True)
+        out: Tensor = self.fc2(self.dropout(middle))
         return out
-
-
-class Stream(NamedTuple):
-    """What goes from part to part, [N, C].
-
-    Attributes:
-        x: the input of the next part, or what it is to be added to.
-        part: what the last part gave, which is not added yet; None if there is nothing to add.
-        dropout: of that.
-    """
-
-    x: Tensor
-    part: Tensor | None = None
-    dropout: nn.Dropout | None = None
-
-    def normed(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return the norm of the sum, for linear layers, and the sum.
-
-        Args:
-            norm: `nn.LayerNorm` of the part that comes; any module if there is nothing to add.
-        """
-        if self.part is None or self.dropout is None:
-            return norm(self.x), self.x
-        return add_norm(self.part, self.x, cast(nn.LayerNorm, norm), self.dropout, for_linear=True)
 
 
 class _Layer(nn.Module):

@@ -73,7 +73,7 @@ class _CausalAttention(nn.Module):
             prefix_lengths=prefix_lengths,
             backend=self.backend,
         )
-        return self._projected(merge_heads(y))
+        return merge_heads(y)
 
     def _attend_packed(self, x_q: Tensor, x_kv: Tensor, packing: Packing, kv_packing: Packing) -> Tensor:
         """Return the attended queries of packed sequences, [Nq, C]."""
@@ -88,7 +88,7 @@ class _CausalAttention(nn.Module):
             causal_align=self.causal_align,
             backend=self.backend,
         )
-        return self._projected(y.flatten(1))
+        return y.flatten(1)
 
     def _attend_cached(self, x_q: Tensor, x_kv: Tensor | None, cache: KeyValueCache) -> Tensor:
         """Return one attended query of each sequence, [B, 1, C], after adding the keys of `x_kv`, if any."""
@@ -96,14 +96,14 @@ class _CausalAttention(nn.Module):
             cache.extend(self._heads(self.key, x_kv), self._heads(self.value, x_kv))
         k, v, lengths = cache.seen()
         q = self._heads(self.query, x_q)
-        return self._projected(merge_heads(attention(q, k, v, key_lengths=lengths, backend=self.backend)))
+        return merge_heads(attention(q, k, v, key_lengths=lengths, backend=self.backend))
 
     def _heads(self, layer: nn.Linear, x: Tensor) -> Tensor:
         return split_heads(layer(x), self.n_head)
 
-    def _projected(self, y: Tensor) -> Tensor:
-        out: Tensor = self.resid_drop(self.proj(y))
-        return out
+    def _projected(self, y: Tensor, drop_output: bool) -> Tensor:
+        out: Tensor = self.proj(y)
+        return self.resid_drop(out) if drop_output else out
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # state_dict is torch's own copy, so the caller's dictionary keeps its mask
@@ -136,6 +136,7 @@ class CausalSelfAttention(_CausalAttention):
         *,
         prefix_lengths: Tensor | None = None,
         packing: Packing | None = None,
+        drop_output: bool = True,
     ) -> Tensor:
         """Return the attended sequence.
 
@@ -145,6 +146,7 @@ class CausalSelfAttention(_CausalAttention):
                 any other takes one position more, so that T is 1. Without gradients.
             prefix_lengths: int64 [B]; earlier positions are seen from everywhere, later ones as ever.
             packing: `x` has the rows of several sequences, one after the other.
+            drop_output: False leaves `resid_drop` to the caller.
 
         Returns:
             [B, T, C], or [N, C], the dtype of `x`.
@@ -157,14 +159,14 @@ class CausalSelfAttention(_CausalAttention):
         if "packing" in names and len(names) > 1:
             raise ValueError(f"{' and '.join(names)} cannot be given together; leave out packing")
         if packing is not None:
-            return self._attend_packed(x, x, packing, packing)
+            return self._projected(self._attend_packed(x, x, packing, packing), drop_output)
         check_sequence("x", x, self.proj.in_features, "n_embd")
         if layer_past is not None and layer_past.longest:
             if x.shape[1] != 1:
                 rule = "with keys in layer_past it takes one position more"
                 raise ValueError(f"x has T={x.shape[1]} positions, {rule}; give them one by one")
-            return self._attend_cached(x, x, layer_past)
-        return self._attend(x, x, prefix_lengths, layer_past)
+            return self._projected(self._attend_cached(x, x, layer_past), drop_output)
+        return self._projected(self._attend(x, x, prefix_lengths, layer_past), drop_output)
 
 
 class CausalCrossAttention(_CausalAttention):
@@ -212,6 +214,7 @@ class CausalCrossAttention(_CausalAttention):
         layer_past: KeyValueCache | None = None,
         packing: Packing | None = None,
         kv_packing: Packing | None = None,
+        drop_output: bool = True,
     ) -> Tensor:
         """Return the attended queries.
 
@@ -224,6 +227,7 @@ class CausalCrossAttention(_CausalAttention):
                 more, or none. Without gradients.
             packing: `x_q` has the queries of several sequences, one after the other.
             kv_packing: the same of `x_kv`; all of these keys are computed.
+            drop_output: False leaves `resid_drop` to the caller.
 
         Returns:
             [B, Tq, C], or [Nq, C], the dtype of `x_q`.
@@ -237,7 +241,7 @@ class CausalCrossAttention(_CausalAttention):
             if packing is None or kv_packing is None or x_kv is None or layer_past is not None:
                 rule = "go together, with x_kv and without layer_past; give both or none"
                 raise ValueError(f"packing and kv_packing {rule}")
-            return self._attend_packed(x_q, x_kv, packing, kv_packing)
+            return self._projected(self._attend_packed(x_q, x_kv, packing, kv_packing), drop_output)
         check_sequence("x_q", x_q, C, "n_embd")
         if x_kv is not None:
             check_sequence("x_kv", x_kv, C, "n_embd")
@@ -245,7 +249,7 @@ class CausalCrossAttention(_CausalAttention):
             if x_q.shape[1] != 1 or (x_kv is not None and x_kv.shape[1] != 1):
                 rule = "with keys in layer_past there is one position of each"
                 raise ValueError(f"x_q has Tq={x_q.shape[1]} positions, {rule}; give them one by one")
-            return self._attend_cached(x_q, x_kv, layer_past)
+            return self._projected(self._attend_cached(x_q, x_kv, layer_past), drop_output)
         if x_kv is None:
             raise ValueError("x_kv is None, and there are no keys in layer_past; give [B, Tk, C]")
         if x_kv.shape[0] != x_q.shape[0] and 1 not in (x_kv.shape[0], x_q.shape[0]):
@@ -254,4 +258,4 @@ class CausalCrossAttention(_CausalAttention):
                 "they must be equal, or one of them 1"
             )
         seen = x_kv[:, : x_q.shape[1]] if self.causal_align == "top_left" else x_kv
-        return self._attend(x_q, seen, None, layer_past)
+        return self._projected(self._attend(x_q, seen, None, layer_past), drop_output)

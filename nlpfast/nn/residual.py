@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, cast
+
 import torch
 from torch import Tensor, nn
 
 from nlpfast.ops.add_layer_norm import add_layer_norm
 from nlpfast.ops.seeds import VALUES
 
-__all__ = ["add_norm"]
+__all__ = ["Stream", "add_norm"]
 
 
 def add_norm(
@@ -35,3 +37,34 @@ def add_norm(
     if for_linear and torch.is_autocast_enabled("cpu") and residual.dtype == torch.float32:
         out_dtype = torch.get_autocast_dtype("cpu")
     return add_layer_norm(part, residual, norm.weight, norm.bias, p, norm.eps, out_dtype=out_dtype)
+
+
+class Stream(NamedTuple):
+    """What goes from part to part, [..., C], where each part adds to it and reads a norm of it (pre-norm).
+
+    The sum is left to the norm of the next part, as both are one operation.
+
+
+    Attributes:
+        x: the input of the next part, or what it is to be added to.
+        part: what the last part gave, which is not added yet; None if there is nothing to add.
+        dropout: of that.
+    """
+
+    x: Tensor
+    part: Tensor | None = None
+    dropout: nn.Dropout | None = None
+
+    def normed(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return the norm of the sum, for linear layers, and the sum.
+
+        Args:
+            norm: `nn.LayerNorm` of the part that comes; any module if there is nothing to add.
+        """
+        if self.part is None or self.dropout is None:
+            return norm(self.x), self.x
+        return add_norm(self.part, self.x, cast(nn.LayerNorm, norm), self.dropout, for_linear=True)
+
+    def total(self) -> Tensor:
+        """Return the sum."""
+        return self.x if self.part is None or self.dropout is None else self.x + self.dropout(self.part)

@@ -11,8 +11,8 @@ import torch
 from nlpfast.cli import bench, main
 from nlpfast.cli.options import UsageError
 
-OPS = ["add_layer_norm", "alignment_loss", "attention", "cross_entropy", "dropout", "linear_cross_entropy"]
-OPS += ["varlen_attention"]
+OPS = ["add_layer_norm", "alignment_loss", "attention", "bias_gelu", "cross_entropy", "dropout"]
+OPS += ["linear_cross_entropy", "varlen_attention"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     norms, drops = (bench.benchmark_module(f"bench_{op}") for op in ("add_layer_norm", "dropout"))
     monkeypatch.setattr(norms, "CASES", (norms.Case((9, 20), goal=1e9),))
     monkeypatch.setattr(drops, "CASES", (drops.Case((9, 20), goal=1e9),))
+    gelus = bench.benchmark_module("bench_bias_gelu")
+    monkeypatch.setattr(gelus, "CASES", (gelus.Case((9, 20), goal=1e9),))
     modules = bench.benchmark_module("bench_modules")
     for name, size in {"B": 2, "T": 9, "C": 16, "H": 2, "M": 4}.items():
         monkeypatch.setattr(modules, name, size)

@@ -158,7 +158,7 @@ def test_every_lower_instruction_set_passes_the_same_tests(level: str) -> None:
     assert said.stdout.strip() == level
     folder = Path(__file__).parent
     names = ("attention", "attention_hidden", "attention_properties", "varlen_attention", "dropout")
-    names += ("add_layer_norm",)
+    names += ("add_layer_norm", "bias_gelu")
     tests = [str(folder / f"test_{name}.py") for name in names]
     command = [
         sys.executable,

@@ -1,0 +1,75 @@
+"""The two-layer network of a Transformer: its GELU with the first layer's bias, in one pass."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nlpfast.nn.dropout import Dropout
+from nlpfast.ops.bias_gelu import bias_gelu
+
+__all__ = ["Network", "has_hooks", "linear_gelu"]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether anyone wants to see what goes into this module, or comes out of it."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def linear_gelu(x: Tensor, linear: nn.Linear, approximate: str = "none") -> Tensor:
+    """Return ``F.gelu(linear(x), approximate=approximate)``; [..., C_in] -> [..., C_out].
+
+    On the CPU the bias is added by `nlpfast.bias_gelu`. It is the two modules' own work on other devices,
+    while a graph is compiled, in float64, and where the linear layer has hooks or is of a class of its own.
+
+    Args:
+        x: [..., C_in].
+        linear: the first layer.
+        approximate: as of `F.gelu`.
+    """
+    if (
+        type(linear) is not nn.Linear
+        or has_hooks(linear)
+        or x.device.type != "cpu"
+        or x.dtype == torch.float64
+        or torch.compiler.is_compiling()
+    ):
+        return F.gelu(linear(x), approximate=approximate)
+    return bias_gelu(F.linear(x, linear.weight), linear.bias, approximate=approximate)
+
+
+class Network(nn.Sequential):
+    """Linear, GELU, linear, dropout, four times as wide in the middle; parameters have minGPT's names."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        """Build the layers.
+
+        Args:
+            channels: C.
+            dropout: probability that an element of the result is dropped.
+        """
+        super().__init__(
+            nn.Linear(channels, 4 * channels),
+            nn.GELU(),
+            nn.Linear(4 * channels, channels),
+            Dropout(dropout),
+        )
+
+    @property
+    def dropout(self) -> nn.Dropout:
+        """The last module."""
+        return cast(nn.Dropout, self[3])
+
+    def forward(self, input: Tensor, *, drop_output: bool = True) -> Tensor:
+        """Return the network's output; [..., C] -> [..., C].
+
+        Args:
+            input: [..., C].
+            drop_output: False leaves the dropout to the caller.
+        """
+        out: Tensor = self[2](linear_gelu(input, cast(nn.Linear, self[0])))
+        return self.dropout(out) if drop_output else out

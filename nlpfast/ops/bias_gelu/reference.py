@@ -1,0 +1,80 @@
+"""Bias, GELU and dropout as plain PyTorch: the definition, and the backend of last resort."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nlpfast.ops.attention.reference import dropout_keep
+from nlpfast.ops.seeds import VALUES
+
+SERVES = "float32, bfloat16, float16 and float64 on any device"
+# Of the approximation: sqrt(2 / pi) (v + 0.044715 v^3).
+CUBIC = 0.044715
+
+
+def refusal(x: Tensor) -> str | None:
+    """Return None: it serves every call."""
+    return None
+
+
+def forward(x: Tensor, bias: Tensor | None, tanh: bool, seed: Tensor | None, threshold: int) -> Tensor:
+    """Return GELU of x + bias, with elements set to 0 and the others divided by what is left of 1.
+
+    Element (n, c) has the random bits of the attention probability of query n and key c, for one head.
+
+    Args:
+        x: [N, C].
+        bias: [C], or None.
+        tanh: the approximation.
+        seed: int64 [2], seed and offset, or None when `threshold` is 0.
+        threshold: elements whose 16 bits are below it are dropped; in 0..65535.
+    """
+    v = _sum(x, bias)
+    return _dropped(v * _share(v, tanh), seed, threshold).to(x.dtype)
+
+
+def backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, seed: Tensor | None, threshold: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of bias; the latter is not rounded.
+
+    Args:
+        grad: [N, C], of what forward returned.
+        x: as of forward, and so are the others.
+        bias: see there.
+        tanh: see there.
+        seed: see there.
+        threshold: see there.
+    """
+    v = _sum(x, bias)
+    share = _share(v, tanh)
+    if tanh:
+        # where its square is infinite, share times 1 - share is 0
+        rise = math.sqrt(2 / math.pi) * (1 + 3 * CUBIC * v.clamp(-100, 100).square())
+        slope = share + v * 2 * share * _share(-v, tanh) * rise
+    else:
+        slope = share + v * torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
+    dv = _dropped(grad.to(v.dtype), seed, threshold) * slope
+    return dv.to(x.dtype), dv.sum(0)
+
+
+def _sum(x: Tensor, bias: Tensor | None) -> Tensor:
+    v = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return v if bias is None else v + bias.to(v.dtype)
+
+
+def _share(v: Tensor, tanh: bool) -> Tensor:
+    """Return what GELU multiplies v by."""
+    if tanh:
+        return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (v + CUBIC * v * v * v))
+    return 0.5 * torch.erfc(v * -math.sqrt(0.5))
+
+
+def _dropped(x: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
+    if seed is None or threshold == 0:
+        return x
+    keep = dropout_keep(seed, threshold / VALUES, (1, 1, x.shape[0], x.shape[1]))[0, 0]
+    return x * (keep.to(x.dtype) * (VALUES / (VALUES - threshold)))
