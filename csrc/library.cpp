@@ -66,10 +66,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nlpfast, m) {
   m.def(
       "add_layer_norm_backward(Tensor grad_out, Tensor? grad_sum, Tensor sum, Tensor statistics, Tensor weight, "
       "Tensor? seed, int threshold, ScalarType part_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
-  // x: contiguous [N, C]; bias: float32 [C]; seed and threshold as above. Backward returns the gradients of x and bias.
-  m.def("bias_gelu_forward(Tensor x, Tensor? bias, bool tanh, Tensor? seed, int threshold) -> Tensor");
+  // x: contiguous [N, C]; bias: float32 [C]; activation: 0 GELU, 1 GELU by tanh, 2 ReLU; seed and threshold as above.
+  // Backward returns the gradients of x and bias.
+  m.def("bias_gelu_forward(Tensor x, Tensor? bias, int activation, Tensor? seed, int threshold) -> Tensor");
   m.def(
-      "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, bool tanh, Tensor? seed, int threshold) -> "
+      "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, int activation, Tensor? seed, int threshold) -> "
       "(Tensor, Tensor)");
   // One step with lr / (1 - beta1^t) for rate and lr times the weight decay for decay; all float32, contiguous.
   m.def(

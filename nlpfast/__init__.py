@@ -5,7 +5,7 @@ from nlpfast.convert import accelerate, undo
 from nlpfast.ops.add_layer_norm import add_layer_norm
 from nlpfast.ops.alignment_loss import alignment_loss, attention_at, hard_alignment
 from nlpfast.ops.attention import attention
-from nlpfast.ops.bias_gelu import bias_gelu
+from nlpfast.ops.bias_gelu import bias_gelu, bias_relu
 from nlpfast.ops.cross_entropy import cross_entropy
 from nlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from nlpfast.ops.varlen_attention import varlen_attention
@@ -18,6 +18,7 @@ __all__ = [
     "attention",
     "attention_at",
     "bias_gelu",
+    "bias_relu",
     "cross_entropy",
     "hard_alignment",
     "hf",

@@ -1,4 +1,4 @@
-// Bias, GELU and dropout on raw pointers: what the binding hands to the kernels of an instruction set.
+// Bias, an activation and dropout on raw pointers: what the binding hands to the kernels of an instruction set.
 //
 // Shapes: N rows of C channels, contiguous, as in nlpfast/ops/bias_gelu/reference.py.
 #pragma once
@@ -9,10 +9,13 @@
 
 namespace nlpfast {
 
+// GELU by the error function or by a hyperbolic tangent, or ReLU: what the operations' `activation` counts.
+enum class Activation : int64_t { erf, tanh, relu };
+
 struct BiasGelu {
   int64_t N, C;
-  Dtype dtype;        // of x, and of what is written
-  bool tanh;          // the approximation by a hyperbolic tangent, else the error function
+  Dtype dtype;  // of x, and of what is written
+  Activation activation;
   Dropping dropping;  // of the result
   const char* x;      // [N, C]
   const float* bias;  // [C], or null

@@ -19,10 +19,11 @@ constexpr int64_t GRAIN = 16384;
 // Chunks of rows whose sums are added up in the end, at most.
 constexpr int64_t CHUNKS = 32;
 
-void set_problem(BiasGelu& p, const Tensor& x, const std::optional<Tensor>& bias, bool tanh,
+void set_problem(BiasGelu& p, const Tensor& x, const std::optional<Tensor>& bias, int64_t activation,
                  const std::optional<Tensor>& seed, int64_t threshold) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "x must be [N, C]");
-  p.N = x.size(0), p.C = x.size(1), p.tanh = tanh;
+  p.N = x.size(0), p.C = x.size(1), p.activation = static_cast<Activation>(activation);
+  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation must be 0, 1 or 2, got ", activation);
   check_contiguous(x, "x", p.N * p.C);
   p.dtype = floating_dtype(x, "x");
   p.x = static_cast<const char*>(x.const_data_ptr());
@@ -36,10 +37,10 @@ void set_problem(BiasGelu& p, const Tensor& x, const std::optional<Tensor>& bias
 
 int64_t groups_of(const BiasGelu& p) { return (p.N + DROPOUT_ROWS - 1) / DROPOUT_ROWS; }
 
-Tensor bias_gelu_forward(const Tensor& x, const std::optional<Tensor>& bias, bool tanh,
+Tensor bias_gelu_forward(const Tensor& x, const std::optional<Tensor>& bias, int64_t activation,
                          const std::optional<Tensor>& seed, int64_t threshold) {
   BiasGeluForward p{};
-  set_problem(p, x, bias, tanh, seed, threshold);
+  set_problem(p, x, bias, activation, seed, threshold);
   Tensor out = torch::stable::empty_like(x);
   p.out = static_cast<char*>(out.mutable_data_ptr());
   if (p.N > 0)
@@ -49,9 +50,10 @@ Tensor bias_gelu_forward(const Tensor& x, const std::optional<Tensor>& bias, boo
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias,
-                                              bool tanh, const std::optional<Tensor>& seed, int64_t threshold) {
+                                              int64_t activation, const std::optional<Tensor>& seed,
+                                              int64_t threshold) {
   BiasGeluBackward p{};
-  set_problem(p, x, bias, tanh, seed, threshold);
+  set_problem(p, x, bias, activation, seed, threshold);
   check_contiguous(grad, "grad", p.N * p.C);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "grad must have the dtype of x");
   Tensor dx = torch::stable::empty_like(x);

@@ -1,4 +1,4 @@
-// Bias, GELU and dropout of rows: each tensor is read once and written once.
+// Bias, GELU or ReLU, and dropout of rows: each tensor is read once and written once.
 //
 //   v = x + bias     y = mask factor v Phi(v)     dx = mask factor dy (Phi(v) + v phi(v))
 //
@@ -20,6 +20,7 @@
 // do not depend on the number of threads, and so neither do the sum's last bits.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -32,7 +33,7 @@ namespace {
 
 constexpr float SQRT_2_OVER_PI = 0.79788456080286536f, CUBIC = 0.044715f;
 
-struct Gelu {
+struct Activated {
   Floats value, slope;
 };
 
@@ -72,7 +73,7 @@ inline std::pair<Floats, Floats> tail(Floats z) {
 }
 
 template <bool NARROW>
-inline Gelu gelu_erf(Floats v) {
+inline Activated gelu_erf(Floats v) {
   // a NaN goes on through v
   const Floats z = minimum((Floats)((Ints)v & 0x7fffffff), broadcast(14.0f));
   const Floats e = decay<NARROW>(z * z * -0.5f);
@@ -82,8 +83,7 @@ inline Gelu gelu_erf(Floats v) {
   return {maximum(Floats{}, v) - z * below, share + v * e * 0.39894228040143268f};
 }
 
-template <bool NARROW>
-inline Gelu gelu_tanh(Floats v) {
+inline Activated gelu_tanh(Floats v) {
   // past 9.9 the share is 0 or 1; a NaN stays in `above`
   const Floats above = maximum(broadcast(-9.9f), v), w = minimum(broadcast(9.9f), above);
   const Floats square = w * w;
@@ -94,10 +94,14 @@ inline Gelu gelu_tanh(Floats v) {
   return {above * share, share + w * share * (e * share) * rise};
 }
 
-template <bool TANH, class Element>
-inline Gelu gelu(Floats v) {
-  constexpr bool NARROW = sizeof(Element) < sizeof(float);
-  return TANH ? gelu_tanh<NARROW>(v) : gelu_erf<NARROW>(v);
+// A NaN stays one, and has the slope 1 as in PyTorch.
+inline Activated relu(Floats v) { return {maximum(Floats{}, v), v <= 0.0f ? Floats{} : Floats{} + 1.0f}; }
+
+template <Activation ACTIVATION, class Element>
+inline Activated activated(Floats v) {
+  if constexpr (ACTIVATION == Activation::relu) return relu(v);
+  if constexpr (ACTIVATION == Activation::tanh) return gelu_tanh(v);
+  return gelu_erf<(sizeof(Element) < sizeof(float))>(v);
 }
 
 // Calls step(column, columns) for the registers of a row, the last of which may not be full.
@@ -126,28 +130,30 @@ void for_rows(const BiasGelu& p, int64_t begin, int64_t end, std::vector<float>&
   }
 }
 
-// Calls f(element, whether the approximation is wanted).
+template <Activation ACTIVATION>
+using Kind = std::integral_constant<Activation, ACTIVATION>;
+
+// Calls f(element, kind of activation).
 template <class F>
 void with_kind(const BiasGelu& p, F&& f) {
   with_element(p.dtype, [&](auto element) {
-    if (p.tanh)
-      f(element, std::true_type{});
-    else
-      f(element, std::false_type{});
+    if (p.activation == Activation::relu) return f(element, Kind<Activation::relu>{});
+    if (p.activation == Activation::tanh) return f(element, Kind<Activation::tanh>{});
+    return f(element, Kind<Activation::erf>{});
   });
 }
 
 void forward(const BiasGeluForward& p, int64_t begin, int64_t end) {
   std::vector<float> scratch;
   const std::vector<float> biases = bias_of(p);
-  with_kind(p, [&](auto element, auto tanh) {
+  with_kind(p, [&](auto element, auto kind) {
     using Element = decltype(element);
     for_rows(p, begin, end, scratch, [&, bias = biases.data()](int64_t n, const float* factors) {
       const Element* x = reinterpret_cast<const Element*>(p.x) + n * p.C;
       Element* out = reinterpret_cast<Element*>(p.out) + n * p.C;
       for_columns(p.C, [=](int64_t c, int64_t count) {
         const Floats v = load_first(x + c, count) + load_first(bias + c, count);
-        const Floats y = gelu<decltype(tanh)::value, Element>(v).value;
+        const Floats y = activated<decltype(kind)::value, Element>(v).value;
         store_first(out + c, factors ? y * load(factors + c) : y, count);
       });
     });
@@ -158,7 +164,7 @@ void backward(const BiasGeluBackward& p, int64_t begin, int64_t end) {
   std::vector<float> scratch, totals(round_up(p.C, LANES));
   const std::vector<float> biases = bias_of(p);
   const int64_t groups = (p.N + DROPOUT_ROWS - 1) / DROPOUT_ROWS;
-  with_kind(p, [&](auto element, auto tanh) {
+  with_kind(p, [&](auto element, auto kind) {
     using Element = decltype(element);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       std::fill(totals.begin(), totals.end(), 0.0f);
@@ -170,7 +176,7 @@ void backward(const BiasGeluBackward& p, int64_t begin, int64_t end) {
                  Element* dx = reinterpret_cast<Element*>(p.dx) + n * p.C;
                  for_columns(p.C, [=](int64_t c, int64_t count) {
                    const Floats v = load_first(x + c, count) + load_first(bias + c, count);
-                   Floats d = load_first(grad + c, count) * gelu<decltype(tanh)::value, Element>(v).slope;
+                   Floats d = load_first(grad + c, count) * activated<decltype(kind)::value, Element>(v).slope;
                    if (factors) d *= load(factors + c);
                    store_first(dx + c, d, count);
                    store(total + c, load(total + c) + d);

@@ -25,7 +25,7 @@ from nlpfast.models.bert_config import ACTIVATIONS, BertConfig, check_call
 from nlpfast.models.bert_files import BertPretrained
 from nlpfast.nn import BertSelfAttention
 from nlpfast.nn.dropout import Dropout
-from nlpfast.nn.network import linear_gelu
+from nlpfast.nn.network import linear_gelu, linear_relu
 from nlpfast.nn.packing import Packing
 from nlpfast.nn.residual import add_norm
 from nlpfast.ops.cross_entropy import cross_entropy
@@ -70,8 +70,8 @@ class BertPreTrainingOutput(NamedTuple):
 
 def _activated(x: Tensor, linear: nn.Module, name: str) -> Tensor:
     """Return the activation of this name of ``linear(x)``."""
-    approximate = ACTIVATIONS[name]
-    return F.relu(linear(x)) if approximate is None else linear_gelu(x, cast(nn.Linear, linear), approximate)
+    approximate, layer = ACTIVATIONS[name], cast(nn.Linear, linear)
+    return linear_relu(x, layer) if approximate is None else linear_gelu(x, layer, approximate)
 
 
 class _AddNorm(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nlpfast.models.transformer_config import TransformerConfig
 from nlpfast.models.transformer_state import TransformerState
 from nlpfast.nn.dropout import Dropout
-from nlpfast.nn.network import linear_gelu
+from nlpfast.nn.network import linear_gelu, linear_relu
 from nlpfast.nn.packing import Packing
 from nlpfast.nn.residual import Stream, add_norm
 from nlpfast.nn.sequence_attention import Attended, CrossAttention, SelfAttention
@@ -109,8 +109,7 @@ class _Network(nn.Module):
         self.dropout = Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        # nobody reads what fc1 gives again
-        middle = linear_gelu(x, self.fc1) if self.gelu else F.relu(self.fc1(x), inplace=True)
+        middle = (linear_gelu if self.gelu else linear_relu)(x, self.fc1)
         out: Tensor = self.fc2(self.dropout(middle))
         return out
 

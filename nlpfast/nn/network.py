@@ -1,4 +1,4 @@
-"""The two-layer network of a Transformer: its GELU with the first layer's bias, in one pass."""
+"""The two-layer network of a Transformer: its activation with the first layer's bias, in one pass."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlpfast.nn.dropout import Dropout
-from nlpfast.ops.bias_gelu import bias_gelu
+from nlpfast.ops.bias_gelu import bias_gelu, bias_relu
 
-__all__ = ["Network", "has_hooks", "linear_gelu"]
+__all__ = ["Network", "has_hooks", "linear_gelu", "linear_relu"]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -31,15 +31,27 @@ def linear_gelu(x: Tensor, linear: nn.Linear, approximate: str = "none") -> Tens
         linear: the first layer.
         approximate: as of `F.gelu`.
     """
-    if (
-        type(linear) is not nn.Linear
-        or has_hooks(linear)
-        or x.device.type != "cpu"
-        or x.dtype == torch.float64
-        or torch.compiler.is_compiling()
-    ):
+    if _apart(x, linear):
         return F.gelu(linear(x), approximate=approximate)
     return bias_gelu(F.linear(x, linear.weight), linear.bias, approximate=approximate)
+
+
+def linear_relu(x: Tensor, linear: nn.Linear) -> Tensor:
+    """Return ``F.relu(linear(x))``; otherwise as `linear_gelu`.
+
+    Args:
+        x: [..., C_in].
+        linear: the first layer.
+    """
+    if _apart(x, linear):
+        return F.relu(linear(x))
+    return bias_relu(F.linear(x, linear.weight), linear.bias)
+
+
+def _apart(x: Tensor, linear: nn.Linear) -> bool:
+    """Return whether the linear layer and the activation are to do their own work."""
+    other = type(linear) is not nn.Linear or has_hooks(linear)
+    return other or x.device.type != "cpu" or x.dtype == torch.float64 or torch.compiler.is_compiling()
 
 
 class Network(nn.Sequential):

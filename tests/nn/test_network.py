@@ -7,30 +7,32 @@ from torch import nn
 
 from nlpfast.models.gpt import GPT, Block, GPTConfig
 from nlpfast.nn import network
-from nlpfast.nn.network import Network, linear_gelu
+from nlpfast.nn.network import Network, linear_gelu, linear_relu
 from nlpfast.nn.residual import Stream
 
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes of what went through bias_gelu."""
-    shapes, right = [], network.bias_gelu
+    """The shapes of what went through the fused ops."""
+    shapes = []
 
-    def watched(x, *args, **kwargs):
-        shapes.append(x.shape)
-        return right(x, *args, **kwargs)
+    def watched(right):
+        return lambda x, *args, **kwargs: (shapes.append(x.shape), right(x, *args, **kwargs))[1]
 
-    monkeypatch.setattr(network, "bias_gelu", watched)
+    for name in ("bias_gelu", "bias_relu"):
+        monkeypatch.setattr(network, name, watched(getattr(network, name)))
     return shapes
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("kind", ["none", "tanh", "relu"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_gelu_is_the_two_modules(fused, approximate, bias):
+def test_linear_and_activation_are_the_two_modules(fused, kind, bias):
     linear, x = nn.Linear(5, 12, bias=bias), torch.randn(2, 3, 5, requires_grad=True)
     leaves, upstream = (x, *linear.parameters()), torch.randn(2, 3, 12)
-    found = linear_gelu(x, linear, approximate)
-    want = F.gelu(linear(x), approximate=approximate)
+    if kind == "relu":
+        found, want = linear_relu(x, linear), F.relu(linear(x))
+    else:
+        found, want = linear_gelu(x, linear, kind), F.gelu(linear(x), approximate=kind)
     assert fused == [(2, 3, 12)]
     torch.testing.assert_close(found, want)
     for a, b in zip(
@@ -77,6 +79,7 @@ def test_a_layer_of_another_class_and_other_dtypes_do_their_own_work(fused):
 
     linear, x = Doubled(5, 12), torch.randn(3, 5)
     assert torch.equal(linear_gelu(x, linear), F.gelu(linear(x)))
+    assert torch.equal(linear_relu(x, linear), F.relu(linear(x)))
     plain, wide = nn.Linear(5, 12).double(), x.double()
     assert torch.equal(linear_gelu(wide, plain), F.gelu(plain(wide)))
     assert not fused

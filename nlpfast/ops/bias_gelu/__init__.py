@@ -1,4 +1,4 @@
-"""Bias, GELU, dropout: checks the arguments, picks a backend, and holds the autograd.Function."""
+"""Bias, GELU or ReLU, dropout: checks arguments, picks a backend, and holds the autograd.Function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nlpfast.ops.bias_gelu import reference
 from nlpfast.ops.second_derivative import refuse_second_derivative
 from nlpfast.ops.seeds import drop_threshold, seed_pair
 
-__all__ = ["bias_gelu"]
+__all__ = ["bias_gelu", "bias_relu"]
 
 _backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
 if native.status() == "ok":
@@ -26,9 +26,10 @@ if dispatch.triton_status() == "ok":
     _backends["triton"] = triton
 dispatch.registry["bias_gelu"] = {**_backends, "reference": reference}
 
-NO_SECOND = "bias_gelu has no second derivatives: use F.gelu of the sum, or drop create_graph=True"
+NO_SECOND = "bias_{0} has no second derivatives: use F.{0} of the sum, or drop create_graph=True"
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_KINDS = ("none", "tanh")
+# of GELU, as PyTorch calls them, and their numbers
+_KINDS = {"none": reference.ERF, "tanh": reference.TANH}
 
 
 def bias_gelu(
@@ -72,12 +73,55 @@ def bias_gelu(
     Papers: Hendrycks and Gimpel, "Gaussian error linear units (GELUs)", 2016. Srivastava et al., "Dropout",
     2014. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (Philox), 2011.
     """
-    threshold = _check(x, bias, dropout_p, approximate)
+    if approximate not in (*_KINDS,):
+        raise ValueError(f"approximate is {approximate!r}; it must be 'none' or 'tanh'")
+    return _activated(x, bias, _KINDS[approximate], dropout_p, seed, backend)
+
+
+def bias_relu(
+    x: Tensor,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Add a bias, apply ReLU, and drop; otherwise as `bias_gelu`.
+
+    Equivalent PyTorch, with other random numbers: ``F.dropout(F.relu(x + bias), dropout_p)``.
+
+    Args:
+        x: [..., C], a linear layer's product; float32, bfloat16, float16 or float64; any strides.
+        bias: [C], of the linear layer, floating, or None.
+        dropout_p: probability that an element is dropped; at least 0 and below 1 - 1 / 131072.
+        seed: see `bias_gelu`.
+        backend: see `bias_gelu`.
+
+    Returns:
+        [..., C], in the dtype of x.
+
+    Raises:
+        ValueError: for shapes or values that do not fit.
+        TypeError: for dtypes that do not fit.
+        RuntimeError: when the named backend cannot serve the call, or a second derivative is asked for.
+    """
+    return _activated(x, bias, reference.RELU, dropout_p, seed, backend)
+
+
+def _activated(
+    x: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    threshold = _check(x, bias, dropout_p)
     pair = seed_pair(seed, x.device) if threshold else None
     shape = x.shape
     x = x.reshape(-1, shape[-1])
     module = dispatch.choose("bias_gelu", x.device.type, backend, (x,))
-    options = (approximate == "tanh", pair, threshold)
+    options = (activation, pair, threshold)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         out: Tensor = _BiasGelu.apply(x, bias, *options, module)
     else:
@@ -93,35 +137,34 @@ class _BiasGelu(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        tanh: bool,
+        activation: int,
         seed: Tensor | None,
         threshold: int,
         module: ModuleType,
     ) -> Tensor:
         """Run the backend and save what its backward reads."""
         ctx.save_for_backward(x, bias, seed)
-        ctx.module, ctx.tanh, ctx.threshold = module, tanh, threshold
-        out: Tensor = module.forward(x, bias, tanh, seed, threshold)
+        ctx.module, ctx.activation, ctx.threshold = module, activation, threshold
+        out: Tensor = module.forward(x, bias, activation, seed, threshold)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Run the backend's backward."""
         x, bias, seed = ctx.saved_tensors
-        dx, d_bias = ctx.module.backward(grads[0], x, bias, ctx.tanh, seed, ctx.threshold)
+        dx, d_bias = ctx.module.backward(grads[0], x, bias, ctx.activation, seed, ctx.threshold)
         found = (dx, None if bias is None else d_bias.to(bias.dtype))
-        return (*refuse_second_derivative(NO_SECOND, found, grads[0], x, bias), None, None, None, None)
+        refusal = NO_SECOND.format("relu" if ctx.activation == reference.RELU else "gelu")
+        return (*refuse_second_derivative(refusal, found, grads[0], x, bias), None, None, None, None)
 
 
-def _check(x: Tensor, bias: Tensor | None, dropout_p: float, approximate: str) -> int:
+def _check(x: Tensor, bias: Tensor | None, dropout_p: float) -> int:
     """Return the threshold of dropout, or raise for what does not fit."""
     if x.ndim == 0 or x.shape[-1] == 0:
         rule = "it must be [..., C] with at least one channel"
         raise ValueError(f"x has the shape {list(x.shape)}; {rule}: give a row its features")
     if x.dtype not in _FLOATING:
         raise TypeError(f"x has the dtype {x.dtype}; it must be floating: convert it")
-    if approximate not in _KINDS:
-        raise ValueError(f"approximate is {approximate!r}; it must be 'none' or 'tanh'")
     if bias is not None:
         if bias.shape != x.shape[-1:]:
             rule = f"it must be [C] = {list(x.shape[-1:])}"

@@ -18,17 +18,19 @@ def refusal(x: Tensor) -> str | None:
     return None
 
 
-def forward(x: Tensor, bias: Tensor | None, tanh: bool, seed: Tensor | None, threshold: int) -> Tensor:
+def forward(x: Tensor, bias: Tensor | None, activation: int, seed: Tensor | None, threshold: int) -> Tensor:
     """Return GELU of x + bias with elements dropped, as the reference does."""
-    return torch.ops.nlpfast.bias_gelu_forward(x.contiguous(), _floats(bias), tanh, _flat(seed), threshold)
+    return torch.ops.nlpfast.bias_gelu_forward(
+        x.contiguous(), _floats(bias), activation, _flat(seed), threshold
+    )
 
 
 def backward(
-    grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, seed: Tensor | None, threshold: int
+    grad: Tensor, x: Tensor, bias: Tensor | None, activation: int, seed: Tensor | None, threshold: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and bias, as the reference does."""
     return torch.ops.nlpfast.bias_gelu_backward(
-        grad.contiguous(), x.contiguous(), _floats(bias), tanh, _flat(seed), threshold
+        grad.contiguous(), x.contiguous(), _floats(bias), activation, _flat(seed), threshold
     )
 
 
@@ -44,11 +46,11 @@ def _register_fakes() -> None:
     """Tell torch.compile the shapes of what the operations return."""
 
     @torch.library.register_fake("nlpfast::bias_gelu_forward")
-    def _(x, bias, tanh, seed, threshold):  # type: ignore[no-untyped-def]
+    def _(x, bias, activation, seed, threshold):  # type: ignore[no-untyped-def]
         return x.new_empty(x.shape)
 
     @torch.library.register_fake("nlpfast::bias_gelu_backward")
-    def _(grad, x, bias, tanh, seed, threshold):  # type: ignore[no-untyped-def]
+    def _(grad, x, bias, activation, seed, threshold):  # type: ignore[no-untyped-def]
         return x.new_empty(x.shape), x.new_empty(x.shape[1:], dtype=torch.float32)
 
 

@@ -36,39 +36,39 @@ def refusal(x: Tensor) -> str | None:
     return None
 
 
-def forward(x: Tensor, bias: Tensor | None, tanh: bool, seed: Tensor | None, threshold: int) -> Tensor:
+def forward(x: Tensor, bias: Tensor | None, activation: int, seed: Tensor | None, threshold: int) -> Tensor:
     """Return GELU of x + bias with elements dropped, as the reference does."""
     run = torch.ops.nlpfast.triton_bias_gelu_forward if torch.compiler.is_compiling() else _forward
-    return run(x, bias, tanh, seed, threshold)
+    return run(x, bias, activation, seed, threshold)
 
 
 def backward(
-    grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, seed: Tensor | None, threshold: int
+    grad: Tensor, x: Tensor, bias: Tensor | None, activation: int, seed: Tensor | None, threshold: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and bias, as the reference does."""
     run = torch.ops.nlpfast.triton_bias_gelu_backward if torch.compiler.is_compiling() else _backward
-    dx, sums = run(grad, x, bias, tanh, seed, threshold)
+    dx, sums = run(grad, x, bias, activation, seed, threshold)
     return dx, sums.sum(0)
 
 
-def _options(tanh: bool, threshold: int) -> dict[str, Any]:
-    constants = {"COLUMNS": COLUMNS, "TANH": tanh, "DROPOUT": threshold > 0}
+def _options(activation: int, threshold: int) -> dict[str, Any]:
+    constants = {"COLUMNS": COLUMNS, "ACTIVATION": activation, "DROPOUT": threshold > 0}
     return {**constants, "num_warps": 4, "enable_fp_fusion": True}
 
 
-def _forward(x: Tensor, bias: Tensor | None, tanh: bool, seed: Tensor | None, threshold: int) -> Tensor:
+def _forward(x: Tensor, bias: Tensor | None, activation: int, seed: Tensor | None, threshold: int) -> Tensor:
     (N, C), factor = x.shape, VALUES / (VALUES - threshold)
     out = x.new_empty((N, C))
     inputs = [None if y is None else y.contiguous() for y in (x, bias, seed)]
     if N > 0:
         with on_device_of(x):
             grid = (triton.cdiv(N, GROUP), triton.cdiv(C, COLUMNS))
-            _fwd_kernel[grid](*inputs, out, N, C, threshold, factor, **_options(tanh, threshold))
+            _fwd_kernel[grid](*inputs, out, N, C, threshold, factor, **_options(activation, threshold))
     return out
 
 
 def _backward(
-    grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool, seed: Tensor | None, threshold: int
+    grad: Tensor, x: Tensor, bias: Tensor | None, activation: int, seed: Tensor | None, threshold: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of x, and sums [programs, C] of that of bias."""
     (N, C), factor = x.shape, VALUES / (VALUES - threshold)
@@ -79,14 +79,15 @@ def _backward(
     if N > 0:
         with on_device_of(x):
             _bwd_kernel[(programs, triton.cdiv(C, COLUMNS))](
-                *(*inputs, dx, sums, N, C, groups, programs, threshold, factor), **_options(tanh, threshold)
+                *(*inputs, dx, sums, N, C, groups, programs, threshold, factor),
+                **_options(activation, threshold),
             )
     return dx, sums
 
 
 def _register() -> None:
     """Make operations that torch.compile does not look into."""
-    rest = "Tensor x, Tensor? bias, bool tanh, Tensor? seed, int threshold)"
+    rest = "Tensor x, Tensor? bias, int activation, Tensor? seed, int threshold)"
     forward = torch.library.custom_op(
         *("nlpfast::triton_bias_gelu_forward", _forward), mutates_args=(), schema=f"({rest} -> Tensor"
     )

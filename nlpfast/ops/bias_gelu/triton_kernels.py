@@ -1,4 +1,4 @@
-"""Bias, GELU and dropout in Triton: a program takes eight rows of some columns at a time, in registers.
+"""Bias, GELU or ReLU, dropout in Triton: a program takes eight rows of some columns, in registers.
 
     v = x + bias     y = mask factor v Phi(v)     dx = mask factor dy (Phi(v) + v phi(v))
 
@@ -19,24 +19,37 @@ GROUP = tl.constexpr(8)
 SQRT_HALF = tl.constexpr(0.70710678118654752)
 SQRT_2_OVER_PI = tl.constexpr(0.79788456080286536)
 CUBIC = tl.constexpr(0.044715)
+# The activations, as in reference.py; 0 is GELU by the error function.
+TANH, RELU = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _share(v, TANH: tl.constexpr):
+def _share(v, ACTIVATION: tl.constexpr):
     """Return what GELU multiplies v by."""
-    if TANH:
+    if ACTIVATION == TANH:
         return tl.sigmoid(v * (v * v * CUBIC + 1) * (2 * SQRT_2_OVER_PI))
     else:
         return 0.5 * (1 + tl.erf(v * SQRT_HALF))
 
 
 @triton.jit
-def _slope(v, TANH: tl.constexpr):
-    """Return the derivative of GELU."""
-    share = _share(v, TANH)
-    if TANH:
+def _activated(v, ACTIVATION: tl.constexpr):
+    """Return the activation of v."""
+    if ACTIVATION == RELU:
+        return tl.where(v <= 0, 0.0, v)
+    return v * _share(v, ACTIVATION)
+
+
+@triton.jit
+def _slope(v, ACTIVATION: tl.constexpr):
+    """Return the derivative."""
+    if ACTIVATION == RELU:
+        # 1 for a NaN
+        return tl.where(v <= 0, 0.0, 1.0)
+    share = _share(v, ACTIVATION)
+    if ACTIVATION == TANH:
         # 1 - share without cancellation; where one of the two is 0 the rest may be infinite
-        other = _share(-v, TANH)
+        other = _share(-v, ACTIVATION)
         bend = v * (v * v * (3 * CUBIC) + 1) * (2 * SQRT_2_OVER_PI) * share * other
         return share + tl.where((share == 0) | (other == 0), 0.0, bend)
     else:
@@ -65,7 +78,7 @@ def _sum(x_ptr, bias_ptr, place, c, inside, C):
 @triton.jit
 def _fwd_kernel(
     x_ptr, bias_ptr, seed_ptr, out_ptr, N, C, threshold, factor,
-    COLUMNS: tl.constexpr, TANH: tl.constexpr, DROPOUT: tl.constexpr,
+    COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     group, first = tl.program_id(0), tl.program_id(1) * COLUMNS
     rows = group.to(tl.int64) * GROUP + tl.arange(0, GROUP)
@@ -73,14 +86,14 @@ def _fwd_kernel(
     inside = (rows < N)[:, None] & (c < C)[None, :]
     place = rows[:, None] * C + c[None, :]
     v = _sum(x_ptr, bias_ptr, place, c, inside, C)
-    out = _dropped(v * _share(v, TANH), seed_ptr, group, first, threshold, factor, COLUMNS, DROPOUT)
+    out = _dropped(_activated(v, ACTIVATION), seed_ptr, group, first, threshold, factor, COLUMNS, DROPOUT)
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _bwd_kernel(
     grad_ptr, x_ptr, bias_ptr, seed_ptr, dx_ptr, sums_ptr, N, C, groups, programs, threshold, factor,
-    COLUMNS: tl.constexpr, TANH: tl.constexpr, DROPOUT: tl.constexpr,
+    COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     program, first = tl.program_id(0), tl.program_id(1) * COLUMNS
     c = first + tl.arange(0, COLUMNS)
@@ -91,7 +104,7 @@ def _bwd_kernel(
         place = rows[:, None] * C + c[None, :]
         v = _sum(x_ptr, bias_ptr, place, c, inside, C)
         grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        dx = grad * _slope(v, TANH)
+        dx = grad * _slope(v, ACTIVATION)
         number = tl.cast(group, tl.int32)
         dx = _dropped(dx, seed_ptr, number, first, threshold, factor, COLUMNS, DROPOUT)
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
