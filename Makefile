@@ -12,7 +12,8 @@ INSTALLED := .venv/installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cpu test-triton test-triton-attention test-triton-losses lint types bench sanitize soak gpu
+.PHONY: demo test test-cpu test-cpu-ops test-cpu-rest test-triton test-triton-attention test-triton-losses lint types
+.PHONY: bench sanitize soak gpu
 .PHONY: birthplaces clean
 
 # Trains small GPTs that learn where invented people were born, with and without pretraining and bottleneck, and
@@ -21,11 +22,16 @@ demo: $(INSTALLED)
 	$(BIN)/nlpfast birthplaces demo --output_dir runs/demo
 	$(BIN)/nlpfast bench attention --quick
 
-# Three parts, for `make -j2 test`; the last two run the Triton kernels on the CPU, in float32.
-test: test-cpu test-triton-attention test-triton-losses
+# Four parts, the longest first, for `make -j2 test`; the last two run the Triton kernels on the CPU, in float32.
+test: test-cpu test-triton
 
-test-cpu: $(INSTALLED)
-	$(BIN)/python -m pytest tests
+test-cpu: test-cpu-ops test-cpu-rest
+
+test-cpu-ops: $(INSTALLED)
+	$(BIN)/python -m pytest tests/ops
+
+test-cpu-rest: $(INSTALLED)
+	$(BIN)/python -m pytest tests --ignore tests/ops
 
 TEST_TRITON = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 test-triton: test-triton-attention test-triton-losses

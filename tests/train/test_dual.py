@@ -247,6 +247,11 @@ def test_figures_are_those_of_the_validation_text(made):
         assert figures[f"gap_{share}"] == pytest.approx(float(gaps.quantile(share / 100)), rel=1e-3, abs=1e-3)
 
 
+def test_the_best_has_the_highest_mean_of_both_bleu(made, monkeypatch):
+    monkeypatch.setattr(dual._Validation, "_bleu", lambda *_: {"bleu": 10.0, "backward_bleu": 30.0})
+    assert train_dual(options(made), settings(max_steps=1)).figures["score"] == 20.0
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"accumulation_steps": 2, "grad_norm_clip": 0.5, "optimizer": "adam"}]
 )
