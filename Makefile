@@ -51,12 +51,15 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# Takes some minutes; leave the machine alone meanwhile.
+# Takes some minutes; leave the machine alone meanwhile. In the end it says which ratios fell since the results before.
 bench: $(INSTALLED)
-	mkdir -p benchmarks/results
+	mkdir -p benchmarks/results build
+	rm -rf build/before && cp -r benchmarks/results build/before
 	$(BIN)/nlpfast bench --output benchmarks/results
+	$(BIN)/python -m benchmarks.plots benchmarks/results
 	$(BIN)/python -m benchmarks.report benchmarks/results benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.predict_attention benchmarks/PREDICTED.md
+	$(BIN)/python -m benchmarks.regressions build/before benchmarks/results
 
 # The tests of the ops on a library that watches every memory access; PyTorch itself is not watched.
 WATCHED = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)"

@@ -135,6 +135,8 @@ def page(files: Sequence[Path]) -> str:
         name = data["machine"].get("gpu", f"{data['machine']['cpu']}, {data['machine']['cores']} cores")
         parts.append(f"# {name} ({path.name})")
         parts.append(markdown([("what", "value"), *facts.items()]))
+        pictures = (path.with_name(f"{path.stem}-{what}.png") for what in ("speed", "memory"))
+        parts += [f"![{p.stem}](results/{p.name})" for p in pictures if p.is_file()]
         parts += [section(op, result) for op, result in data["ops"].items()]
     return "\n\n".join(parts) + "\n"
 

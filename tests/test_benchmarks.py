@@ -410,6 +410,9 @@ def test_timing_without_graphs_is_noted(tmp_path: Path) -> None:
     data = {**measure.machine_facts(), "machine": machine, "ops": {"attention": result}}
     (tmp_path / "a.json").write_text(json.dumps(data), encoding="utf-8")
     assert "# NVIDIA H200 (a.json)" in report.page([tmp_path / "a.json"])
+    assert "![" not in report.page([tmp_path / "a.json"])
+    (tmp_path / "a-speed.png").touch()
+    assert report.page([tmp_path / "a.json"]).count("\n![a-speed](results/a-speed.png)\n") == 1
 
 
 @pytest.mark.usefixtures("short_gpu")
