@@ -58,6 +58,7 @@ class Case:
         best_goal: how many times faster than the fastest of the peers.
         backward_goal: the same of the backward pass alone, on a GPU.
         quick: also part of the quick run.
+        sweep: one of as many tokens in longer and longer sequences, for the picture.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -70,6 +71,12 @@ class Case:
     best_goal: float | None = None
     backward_goal: float | None = None
     quick: bool = False
+    sweep: bool = False
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Those of `PEERS` that it has: compiling takes a minute."""
+        return tuple(name for name in PEERS if name != "compile") if self.sweep else PEERS
 
     @property
     def name(self) -> str:
@@ -103,6 +110,11 @@ CASES = (
     *(Case((32, 12, 128, 128, 64), fill=0.75, dtype=dtype, goal=1.3) for dtype in BOTH),
     *(Case(SHORT, True, transposed=True, dtype=dtype) for dtype in BOTH),
     Case(SHORT, True, dtype=torch.float16),
+    *(
+        Case((4096 // T, 8, T, T, 64), True, dtype=dtype, sweep=True)
+        for T in (64, 128, 256, 512, 1024, 2048)
+        for dtype in BOTH
+    ),
 )
 
 # Shape, causal; goals on an H200: bfloat16, its backward pass, with dropout.

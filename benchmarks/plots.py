@@ -26,8 +26,8 @@ DTYPES = ("float32", "bfloat16")
 def speeds(data: Result, dtype: str) -> Lines:
     """Return GFLOP/s of forward and backward against the length of a sequence, for each implementation.
 
-    Of attention of a sequence to itself, with one thread and a full batch, without dropout. The rate of ours
-    is its share of a matrix product's rate, and a peer's follows from the times of both.
+    Of causal attention with one thread, in the cases that differ by their length alone. The rate of ours is
+    its share of a matrix product's rate, and a peer's follows from the times of both.
 
     Args:
         data: what a results file holds.
@@ -35,14 +35,13 @@ def speeds(data: Result, dtype: str) -> Lines:
     """
     result, lines = data["ops"].get("attention", {"rows": []}), defaultdict[str, Points](set)
     for row in result["rows"]:
-        _, _, L, S, _ = row["shape"]
-        plain = L == S and not row.get("dropout") and row.get("fill", 1.0) in (None, 1.0)
-        if row["dtype"] != dtype or row["threads"] != 1 or not plain:
+        if not row.get("sweep") or row["dtype"] != dtype or row["threads"] != 1:
             continue
+        length = row["shape"][2]
         kind = "gemm_gflops" if dtype == "float32" else "gemm_16_gflops"
         rate = row["gemm_share"] * result["rates"]["1"][kind]
-        lines[OURS].add((L, rate))
-        lines[row["peer"]].add((L, rate / row["ratio_of_minima"]))
+        lines[OURS].add((length, rate))
+        lines[row["peer"]].add((length, rate / row["ratio_of_minima"]))
     return {name: sorted(points) for name, points in lines.items()}
 
 

@@ -20,15 +20,13 @@ DATA = {
         "attention": {
             "rates": {"1": {"gemm_gflops": 100.0, "gemm_16_gflops": 400.0}},
             "rows": [
-                row((1, 2, 64, 64, 8)),
-                row((1, 2, 64, 64, 8), "eager", ratio_of_minima=4.0),
-                row((1, 2, 16, 16, 8), gemm_share=0.2),
-                row((1, 2, 16, 16, 8), dtype="bfloat16"),
+                row((1, 2, 64, 64, 8), sweep=True),
+                row((1, 2, 64, 64, 8), "eager", sweep=True, ratio_of_minima=4.0),
+                row((1, 2, 16, 16, 8), sweep=True, gemm_share=0.2),
+                row((1, 2, 16, 16, 8), sweep=True, dtype="bfloat16"),
                 # none of these
-                row((1, 2, 16, 64, 8)),
-                row((1, 2, 64, 64, 8), threads=2),
-                row((1, 2, 64, 64, 8), dropout=0.1),
-                row((1, 2, 64, 64, 8), fill=0.75),
+                row((1, 2, 64, 64, 8)),
+                row((1, 2, 64, 64, 8), sweep=True, threads=2),
             ],
         },
         "linear_cross_entropy": {
