@@ -5,7 +5,8 @@
 prints registers of a thread, bytes that a thread spills to memory, and kilobytes of shared memory of a block.
 Each configuration is compiled as training uses it: attention causal, with dropout, and with a mask that is
 added where the table has a line of its own for masks; cross entropy with and without a gradient, and rows
-that begin at multiples of 16 bytes or anywhere. `--features` compiles one head size of attention with each
+that begin at multiples of 16 bytes or anywhere; what stands between them, the ops of `BETWEEN`, of several
+widths. `--features` compiles one head size of attention with each
 feature alone, and with all at once, instead.
 
 The launches are the backend's own: a driver that knows no device stands in for Triton's, and a kernel is
@@ -35,13 +36,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
+from nlpfast.ops.add_layer_norm import triton as norms
 from nlpfast.ops.attention import triton_configs, triton_launch
+from nlpfast.ops.bias_gelu import triton as activations
 from nlpfast.ops.cross_entropy import triton_configs as loss_configs
 from nlpfast.ops.cross_entropy import triton_launch as losses
+from nlpfast.ops.dropout import triton as dropouts
 
 # Kilobytes of shared memory that a block may have on sm_86 and sm_89, the fewest since sm_80.
 SHARED_LIMIT = 99
-OPS = ("attention", "cross_entropy")
+OPS = ("attention", "cross_entropy", "between")
+BETWEEN = ("add_layer_norm", "bias_gelu", "dropout")
+# Of add_layer_norm, which holds whole rows and serves no wider ones; the others are compiled for the first.
+WIDTHS = (256, 64, 768, 1024, 2048)
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 Row = dict[str, Any]
@@ -130,6 +137,53 @@ def compile_all(op: str, arch: int, calls: Iterable[NamedCall]) -> Iterator[Row]
         found.clear()
 
 
+def compile_between(arch: int, calls: Iterable[tuple[Any, ...]]) -> Iterator[Row]:
+    """Compile what the calls would launch, as `compile_all`, of kernels without a table of configurations.
+
+    Args:
+        arch: 80 or 90.
+        calls: op, bytes of an element, width, whether there is dropout, name, call.
+    """
+    triton.runtime.driver.set_active(NoDevice(arch))
+    found: list[Row] = []
+    launch = triton.JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        compiled = launch(kernel, *arguments, grid=(1,), warmup=True, **constants)
+        row = {"kernel": kernel.__name__, "config": (compiled.metadata.num_warps,)}
+        found.append({**row, **resources(compiled, arch)})
+
+    triton.JITFunction.run = compile_only
+    try:
+        for *key, name, call in calls:
+            call()
+            yield from ({"op": "between", "request": name, "arch": arch, "key": key, **row} for row in found)
+            found.clear()
+    finally:
+        triton.JITFunction.run = launch
+
+
+def between_calls() -> Iterator[tuple[Any, ...]]:
+    """Yield calls of the ops of `BETWEEN` for each dtype, width and activation, with and without dropout."""
+    pair, N = torch.zeros(2, dtype=torch.int64), 512
+    for (size, dtype), width in itertools.product(DTYPES.items(), WIDTHS):
+        x, wide, c = torch.empty(N, width, dtype=dtype), torch.empty(N, width), torch.empty(width)
+        first = width == WIDTHS[0]
+        if first:
+            yield "dropout", size, width, True, "both ways", partial(dropouts.forward, x, pair, 6554)
+        for rest in ((pair, 6554), (None, 0)):
+            key = (size, width, rest[0] is not None)
+            forward = partial(norms.forward, x, wide, c, c, *rest, 1e-5, dtype)
+            backward = partial(norms.backward, x, wide, wide, torch.empty(N, 2), c, *rest, dtype)
+            yield "add_layer_norm", *key, "forward", forward
+            yield "add_layer_norm", *key, "backward", backward
+            for activation, name in enumerate(("erf", "tanh", "relu") if first else ()):
+                forward = partial(activations.forward, x, c, activation, *rest)
+                backward = partial(activations.backward, x, x, c, activation, *rest)
+                yield "bias_gelu", *key, f"{name} forward", forward
+                yield "bias_gelu", *key, f"{name} backward", backward
+
+
 def attention_calls(requests: Iterable[Request]) -> Iterator[NamedCall]:
     """Yield calls of several lengths for each request, so that all kernels have their turn."""
     for request in requests:
@@ -192,21 +246,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
     args = parser.parse_args(argv)
     for arch, op in itertools.product(args.arch, (args.op,) if args.op else OPS):
-        requests = FEATURES if args.features else table()
-        calls = attention_calls(requests) if op == "attention" else cross_entropy_calls()
-        if op == "attention" or not args.features:
-            for row in compile_all(op, arch, calls):
-                print(json.dumps(row) if args.json else _line(row), flush=True)
+        if args.features and op != "attention":
+            continue
+        for row in _rows(op, arch, args.features):
+            print(json.dumps(row) if args.json else _line(row), flush=True)
+
+
+def _rows(op: str, arch: int, features: bool) -> Iterator[Row]:
+    if op == "between":
+        return compile_between(arch, between_calls())
+    if op == "cross_entropy":
+        return compile_all(op, arch, cross_entropy_calls())
+    return compile_all(op, arch, attention_calls(FEATURES if features else table()))
 
 
 def _line(row: Row) -> str:
     kind, size, most, special = row["key"]
     if row["op"] == "attention":
         what = f"D <= {most:3}{', mask' if special else '':6}"
+    elif row["op"] == "between":
+        what = f"C = {most:4}{', dropout' if special else '':9}"
     else:
         what = f"V <= {most:10}, rows {'at 16 bytes' if special else 'anywhere':11}"
     config = "x".join(str(number) for number in row["config"] if number is not None)
-    what = f"sm_{row['arch']} {kind:8} {8 * size} bits, {what} {config:12}"
+    what = f"sm_{row['arch']} {kind:14} {8 * size} bits, {what} {config:12}"
     used = f"{row['registers']:3} registers, {row['spills']:4} bytes spilled, {row['shared']:5.1f} KB shared"
     return f"{what} {used}  ({row['request']})"
 

@@ -75,6 +75,23 @@ def test_every_configuration_of_cross_entropy(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
+def test_what_stands_between() -> None:
+    both = [
+        start("-m", "benchmarks.triton_resources", "between", "--json", "--arch", arch)
+        for arch in ("80", "90")
+    ]
+    for rows in map(rows_of, both):
+        keys = {tuple(row["key"]) for row in rows}
+        assert {op for op, *_ in keys} == {"add_layer_norm", "bias_gelu", "dropout"}
+        # two dtypes; dropout, five widths with and without it, three activations with and without it
+        assert len(keys) == 2 * (1 + 5 * 2 + 2) and len(rows) == 2 * (1 + 5 * 2 * 2 + 2 * 3 * 2)
+        for row in rows:
+            # eight rows of 2,048 channels are all that 16 warps can hold
+            assert row["spills"] <= (16 if row["key"][2] == 2048 else 0), row
+            assert row["registers"] <= 255 and row["shared"] <= 8, row
+
+
+@pytest.mark.slow
 def test_every_feature_compiles() -> None:
     rows = rows_of(
         start("-m", "benchmarks.triton_resources", "attention", "--json", "--arch", "90", "--features")

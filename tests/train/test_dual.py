@@ -216,7 +216,7 @@ def test_a_run_and_what_is_left_of_it(made, back, capsys):
 
 
 def test_figures_are_those_of_the_validation_text(made):
-    run = train_dual(options(made, choose_by="loss"), settings(max_steps=1))
+    run = train_dual(options(made, choose_by="loss", dsl_warmup_epochs=0), settings(max_steps=1))
     sides = [Path(path).read_text().splitlines() for path in made["valid"]]
     there, back = (Translator.from_folder(f"run/{name}") for name in ("forward", "backward"))
     models = [GPT.from_pretrained(made[f"lm-{side}"]) for side in ("source", "target")]
@@ -356,8 +356,8 @@ def test_a_batch_is_a_tuple_of_tensors(made):
     )
 
 
-def test_vocabularies_of_two_languages(made, tmp_path):
-    """Each side has its own pieces: what is turned round, scored and written must have them too."""
+def test_vocabularies_of_two_languages(made, tmp_path, monkeypatch):
+    """Each side has its own pieces: what is turned round, scored, evaluated and written has them too."""
     sides = [Path(made[f"train.{side}"]) for side in ("source", "target")]
     pieces = [
         Subwords.train(side.read_text().splitlines(), size, source="t")
@@ -384,7 +384,17 @@ def test_vocabularies_of_two_languages(made, tmp_path):
         GPT(GPTConfig(len(vocabulary), 64, n_layer=1, n_head=2, n_embd=16)).save_pretrained(tmp_path / name)
         vocabulary.save(tmp_path / name / "vocab")
         models[name] = str(tmp_path / name)
+    evaluated, translator = [], dual.Translator.__init__
+    monkeypatch.setattr(
+        *(dual.Translator, "__init__"),
+        lambda self, model, source, target, **rest: (
+            evaluated.append([source.digest(), target.digest()]),
+            translator(self, model, source, target, **rest),
+        )[1],
+    )
     run = train_dual(options(made, **models), settings(max_steps=1), quiet=True)
+    digests = [side.digest() for side in pieces]
+    assert evaluated[-2:] == [digests, digests[::-1]]
     for folder, wanted in zip(run.folders, (pieces, pieces[::-1]), strict=True):
         found = Translator.from_folder(folder)
         assert [found.source.digest(), found.target.digest()] == [side.digest() for side in wanted]
