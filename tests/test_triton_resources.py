@@ -88,7 +88,7 @@ def test_what_stands_between() -> None:
         for row in rows:
             # eight rows of 2,048 channels are all that 16 warps can hold
             assert row["spills"] <= (16 if row["key"][2] == 2048 else 0), row
-            assert row["registers"] <= 255 and row["shared"] <= 8, row
+            assert row["registers"] <= 255 and row["shared"] <= 16, row
 
 
 @pytest.mark.slow
