@@ -18,7 +18,7 @@ from nlpfast.ops.seeds import VALUES
 SERVES = "CUDA devices; float32, bfloat16 and float16, C <= 2048, any strides"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED: bool = triton.knobs.runtime.interpret
-# Eight rows of more do not stay in the registers of 16 warps.
+# Eight rows of more do not stay in the registers of 16 warps; of so many a few numbers do not either.
 MAX_CHANNELS = 2048
 # Rows of a group, as in the kernels.
 GROUP = 8
