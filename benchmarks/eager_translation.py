@@ -140,7 +140,7 @@ def _dropped(layer: EncoderLayer | DecoderLayer, x: Tensor) -> Tensor:
 
 def _network(layer: EncoderLayer | DecoderLayer, x: Tensor) -> Tensor:
     network = layer.network
-    y = network.fc2(network.activation(network.fc1(layer.network_norm(x))))
+    y = network.fc2(F.relu(network.fc1(layer.network_norm(x)), inplace=True))
     return x + _dropped(layer, y)
 
 
