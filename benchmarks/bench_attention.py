@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -23,8 +21,11 @@ import nlpfast
 from nlpfast import dispatch, testing
 from nlpfast.ops.attention import reference
 
+from .compiled import unavailable
 from .gpu import Pass, Step
 from .measure import Settings, check_errors, distance
+
+__all__ = ["unavailable"]
 
 OP = "attention"
 OURS = "nlpfast"
@@ -95,7 +96,7 @@ GOALS = (
     ((1, 12, 1024, 1024, 64), True, 1.5, 5.0, 3.0, 3.0, 10.0),
 )
 BOTH = (torch.float32, torch.bfloat16)
-SHORT = GOALS[0][0]
+SHORT, LENGTHS = GOALS[0][0], (64, 128, 256, 512, 1024, 2048)
 CASES = (
     *(Case(s, causal, goal=goal, quick=s == SHORT) for s, causal, goal, *_ in GOALS),
     *(Case(s, causal, 0.1, goal=goal, quick=s == SHORT) for s, causal, _, goal, *_ in GOALS),
@@ -110,11 +111,7 @@ CASES = (
     *(Case((32, 12, 128, 128, 64), fill=0.75, dtype=dtype, goal=1.3) for dtype in BOTH),
     *(Case(SHORT, True, transposed=True, dtype=dtype) for dtype in BOTH),
     Case(SHORT, True, dtype=torch.float16),
-    *(
-        Case((4096 // T, 8, T, T, 64), True, dtype=dtype, sweep=True)
-        for T in (64, 128, 256, 512, 1024, 2048)
-        for dtype in BOTH
-    ),
+    *(Case((4096 // T, 8, T, T, 64), True, dtype=d, sweep=True) for T in LENGTHS for d in BOTH),
 )
 
 # Shape, causal; goals on an H200: bfloat16, its backward pass, with dropout.
@@ -176,14 +173,6 @@ def traffic(case: Case) -> tuple[int, int]:
     seen = B * most if lengths is None else int(lengths.clamp(max=most).sum())
     queries, keys, seen = (rows * H * D * case.dtype.itemsize for rows in (B * L, B * S, seen))
     return 2 * queries + 2 * seen + 4 * B * H * L, 3 * queries + 2 * seen + 2 * keys
-
-
-def unavailable(implementation: str) -> str | None:
-    """Return why an implementation cannot run on this machine, or None."""
-    compiler = os.environ.get("CXX", "g++")
-    if implementation == "compile" and shutil.which(compiler) is None:
-        return f"torch.compile needs a C++ compiler and finds no {compiler}: install g++ or set CXX"
-    return None
 
 
 def unserved(case: Case, implementation: str) -> str | None:

@@ -9,8 +9,6 @@ where its scale is known, and the backward pass only finds that it did.
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -21,7 +19,10 @@ from torch import Tensor
 import nlpfast
 from nlpfast import dispatch
 
+from .compiled import unavailable
 from .measure import Settings, check_errors
+
+__all__ = ["unavailable"]
 
 OP = "cross_entropy"
 OURS = "nlpfast"
@@ -108,14 +109,6 @@ def traffic(case: Case) -> tuple[int, int]:
     """
     N, V = case.shape
     return 2 * N * V * case.dtype.itemsize + 25 * N, 4 * N
-
-
-def unavailable(implementation: str) -> str | None:
-    """Return why an implementation cannot run on this machine, or None."""
-    compiler = os.environ.get("CXX", "g++")
-    if implementation == "compile" and shutil.which(compiler) is None:
-        return f"torch.compile needs a C++ compiler and finds no {compiler}: install g++ or set CXX"
-    return None
 
 
 def unserved(case: Case, implementation: str) -> str | None:

@@ -8,8 +8,6 @@ inputs and the gradients, which whoever computes them returns.
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 import nlpfast
 from nlpfast import dispatch
 
+from . import compiled
 from .gpu import Pass
 from .measure import Settings, check_errors
 from .process_memory import measured, megabytes_of
@@ -123,12 +122,9 @@ def traffic(case: Case) -> tuple[int, int]:
 
 def unavailable(implementation: str) -> str | None:
     """Return why an implementation cannot run on this machine, or None."""
-    compiler = os.environ.get("CXX", "g++")
-    if implementation == "compile" and shutil.which(compiler) is None:
-        return f"torch.compile needs a C++ compiler and finds no {compiler}: install g++ or set CXX"
     if implementation == CHUNKED and not hasattr(F, "linear_cross_entropy"):
         return f"{CHUNKED} needs PyTorch 2.13: install it"
-    return None
+    return compiled.unavailable(implementation)
 
 
 def unserved(case: Case, implementation: str) -> str | None:

@@ -12,8 +12,6 @@ The step of a block is forward and backward with respect to its input and its pa
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -29,7 +27,10 @@ from nlpfast.models.perceiver import DownProjectBlock
 from nlpfast.nn.packing import Packing
 
 from . import originals
+from .compiled import unavailable
 from .measure import Settings, check_errors
+
+__all__ = ["unavailable"]
 
 OP = "training"
 OURS = "nlpfast"
@@ -153,14 +154,6 @@ def flops(case: Case) -> float:
 def _down(k: Tensor) -> Tensor:
     """Return rows times matrices C x C of the block to k latents: the batch shares the latents' queries."""
     return 11 * k.sum() + k.max()
-
-
-def unavailable(implementation: str) -> str | None:
-    """Return why an implementation cannot run on this machine, or None."""
-    compiler = os.environ.get("CXX", "g++")
-    if implementation == "compile" and shutil.which(compiler) is None:
-        return f"torch.compile needs a C++ compiler and finds no {compiler}: install g++ or set CXX"
-    return None
 
 
 def chosen(case: Case, settings: Settings) -> str:

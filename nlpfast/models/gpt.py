@@ -36,7 +36,7 @@ from nlpfast.models.gpt_config import (
 from nlpfast.models.perceiver import DownProjectBlock, RecentTokensBlock, UpProjectBlock
 from nlpfast.nn import CausalCrossAttention, CausalSelfAttention
 from nlpfast.nn.dropout import Dropout
-from nlpfast.nn.network import has_hooks
+from nlpfast.nn.hooks import has_hooks
 from nlpfast.nn.packing import Packing
 from nlpfast.nn.residual import Stream
 from nlpfast.ops.cross_entropy import cross_entropy

@@ -9,15 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlpfast.nn.dropout import Dropout
+from nlpfast.nn.hooks import is_plain
 from nlpfast.ops.bias_gelu import bias_gelu, bias_relu
 
-__all__ = ["Network", "has_hooks", "linear_gelu", "linear_relu"]
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether anyone wants to see what goes into this module, or comes out of it."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+__all__ = ["Network", "linear_gelu", "linear_relu"]
 
 
 def linear_gelu(x: Tensor, linear: nn.Linear, approximate: str = "none") -> Tensor:
@@ -50,8 +45,8 @@ def linear_relu(x: Tensor, linear: nn.Linear) -> Tensor:
 
 def _apart(x: Tensor, linear: nn.Linear) -> bool:
     """Return whether the linear layer and the activation are to do their own work."""
-    other = type(linear) is not nn.Linear or has_hooks(linear)
-    return other or x.device.type != "cpu" or x.dtype == torch.float64 or torch.compiler.is_compiling()
+    served = x.device.type == "cpu" and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return not served or not is_plain(linear, nn.Linear)
 
 
 class Network(nn.Sequential):

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from nlpfast.nn.hooks import is_plain
 from nlpfast.ops.add_layer_norm import add_layer_norm
 from nlpfast.ops.seeds import VALUES
 
@@ -18,19 +19,22 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return ``norm(residual + dropout(part))`` and the sum; [..., C] both.
 
-    It is `nlpfast.add_layer_norm` on the CPU, and the two steps on other devices, while a graph is compiled
-    and for a dropout that 16 bits make 1.
+    It is `nlpfast.add_layer_norm` on the CPU, and the two steps on other devices, while a graph is compiled,
+    for a dropout that 16 bits make 1, and where the norm has hooks or is of another class.
 
     Args:
         part: [..., C].
         residual: [..., C].
-        norm: over the channels, with weight.
+        norm: over the channels, with weight where it is `nn.LayerNorm` itself.
         dropout: of `part`.
         for_linear: under autocast, give the norm in the dtype that linear layers read, instead of the
             residual's.
     """
     p = dropout.p if dropout.training else 0.0
-    if residual.device.type != "cpu" or torch.compiler.is_compiling() or round(p * VALUES) == VALUES:
+    served = (
+        residual.device.type == "cpu" and not torch.compiler.is_compiling() and round(p * VALUES) < VALUES
+    )
+    if not served or not is_plain(norm, nn.LayerNorm):
         total = residual + dropout(part)
         return norm(total), total
     out_dtype = None

@@ -125,3 +125,22 @@ def test_hooks_of_a_block_see_tensors():
     torch.testing.assert_close(gpt(idx)[0], before)
     assert {n: [x.shape for x in pair] for n, pair in seen.items()} == dict.fromkeys((0, 2), [(2, 8, 16)] * 2)
     torch.testing.assert_close(Block.forward(gpt.blocks[2], seen[2][0]), seen[2][1])
+
+
+@pytest.mark.parametrize("name", ["ln_f", "blocks.1.ln1", "blocks.1.ln2"])
+def test_hooks_of_a_norm_are_called(name):
+    gpt = GPT(GPTConfig(11, 8, n_layer=3, n_head=2, n_embd=16)).eval()
+    idx, seen = torch.randint(11, (2, 8)), []
+    before = gpt(idx)[0]
+    gpt.get_submodule(name).register_forward_hook(
+        lambda module, args, out: seen.append((module, args[0], out))
+    )
+    torch.testing.assert_close(gpt(idx)[0], before)
+    ((norm, x, out),) = seen
+    torch.testing.assert_close(F.layer_norm(x, (16,), norm.weight, norm.bias), out)
+
+
+def test_a_norm_of_another_class_does_its_own_work():
+    gpt, idx = GPT(GPTConfig(11, 8, n_layer=2, n_head=2, n_embd=16)).eval(), torch.randint(11, (2, 8))
+    gpt.ln_f = nn.Identity()
+    assert torch.equal(gpt(idx)[0], gpt.head(gpt._last_layer(idx).total()))
