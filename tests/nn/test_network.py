@@ -144,3 +144,15 @@ def test_a_norm_of_another_class_does_its_own_work():
     gpt, idx = GPT(GPTConfig(11, 8, n_layer=2, n_head=2, n_embd=16)).eval(), torch.randint(11, (2, 8))
     gpt.ln_f = nn.Identity()
     assert torch.equal(gpt(idx)[0], gpt.head(gpt._last_layer(idx).total()))
+
+
+def test_another_activation_or_a_hook_on_it_is_heeded(fused):
+    net, x, seen = Network(6, 0.0), torch.randn(3, 6), []
+    net[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    net(x)
+    assert torch.equal(seen[0], F.gelu(net[0](x)))
+    net[1] = nn.ReLU()
+    assert torch.equal(net(x), net[2](F.relu(net[0](x)))) and not fused
+    net[1] = nn.GELU("tanh")
+    torch.testing.assert_close(net(x), net[2](F.gelu(net[0](x), approximate="tanh")))
+    assert len(fused) == 1

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nlpfast.ops.attention.reference import dropout_keep
-from nlpfast.ops.seeds import VALUES
+from nlpfast.ops.dropout.reference import dropped_rows
 
 SERVES = "float32, bfloat16, float16 and float64 on any device"
 
@@ -42,7 +41,7 @@ def forward(
         out_dtype: of the norm.
     """
     compute = _compute(residual)
-    total = (residual.to(compute) + _dropped(part.to(compute), seed, threshold)).to(residual.dtype)
+    total = (residual.to(compute) + dropped_rows(part.to(compute), seed, threshold)).to(residual.dtype)
     x = total.to(compute)
     mean = x.mean(1, keepdim=True)
     rstd = ((x - mean).square().mean(1, keepdim=True) + eps).rsqrt()
@@ -81,16 +80,9 @@ def backward(
     d_sum = rstd * (g - g.mean(1, keepdim=True) - x * (g * x).mean(1, keepdim=True))
     if grad_sum is not None:
         d_sum = d_sum + grad_sum.to(compute)
-    d_part = _dropped(d_sum, seed, threshold).to(part_dtype)
+    d_part = dropped_rows(d_sum, seed, threshold).to(part_dtype)
     return d_part, d_sum.to(total.dtype), (slope * x).sum(0), slope.sum(0)
 
 
 def _compute(residual: Tensor) -> torch.dtype:
     return torch.float64 if residual.dtype == torch.float64 else torch.float32
-
-
-def _dropped(x: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
-    if seed is None or threshold == 0:
-        return x
-    keep = dropout_keep(seed, threshold / VALUES, (1, 1, x.shape[0], x.shape[1]))[0, 0]
-    return x * (keep.to(x.dtype) * (VALUES / (VALUES - threshold)))

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from nlpfast.ops.attention.reference import dropout_keep
-from nlpfast.ops.seeds import VALUES
+from nlpfast.ops.dropout.reference import dropped_rows
 
 SERVES = "float32, bfloat16, float16 and float64 on any device"
 # The activations: GELU by the error function, GELU by a hyperbolic tangent, ReLU.
@@ -36,7 +35,7 @@ def forward(x: Tensor, bias: Tensor | None, activation: int, seed: Tensor | None
     """
     v = _sum(x, bias)
     out = v.relu() if activation == RELU else v * _share(v, activation)
-    return _dropped(out, seed, threshold).to(x.dtype)
+    return dropped_rows(out, seed, threshold).to(x.dtype)
 
 
 def backward(
@@ -63,7 +62,7 @@ def backward(
         slope = share + v * 2 * share * _share(-v, TANH) * rise
     else:
         slope = _share(v, ERF) + v * torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
-    dv = _dropped(grad.to(v.dtype), seed, threshold) * slope
+    dv = dropped_rows(grad.to(v.dtype), seed, threshold) * slope
     return dv.to(x.dtype), dv.sum(0)
 
 
@@ -77,10 +76,3 @@ def _share(v: Tensor, activation: int) -> Tensor:
     if activation == TANH:
         return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (v + CUBIC * v * v * v))
     return 0.5 * torch.erfc(v * -math.sqrt(0.5))
-
-
-def _dropped(x: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
-    if seed is None or threshold == 0:
-        return x
-    keep = dropout_keep(seed, threshold / VALUES, (1, 1, x.shape[0], x.shape[1]))[0, 0]
-    return x * (keep.to(x.dtype) * (VALUES / (VALUES - threshold)))

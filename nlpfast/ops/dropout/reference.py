@@ -37,3 +37,20 @@ def forward(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
 def backward(grad: Tensor, seed: Tensor, threshold: int) -> Tensor:
     """Return the gradient of x: dropout of its own, with the same mask and factor."""
     return forward(grad, seed, threshold)
+
+
+def dropped_rows(x: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
+    """Return x [N, C] with elements set to 0, and the others divided by what is left of 1.
+
+    Element (n, c) has the random bits of the attention probability of query n and key c, for one head. Other
+    ops drop what they compute by this.
+
+    Args:
+        x: [N, C].
+        seed: int64 [2], seed and offset; None for no dropout.
+        threshold: as of `forward`, or 0 for no dropout.
+    """
+    if seed is None or threshold == 0:
+        return x
+    keep = dropout_keep(seed, threshold / VALUES, (1, 1, x.shape[0], x.shape[1]))[0, 0]
+    return x * (keep.to(x.dtype) * (VALUES / (VALUES - threshold)))
