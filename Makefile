@@ -1,5 +1,5 @@
 # Every verb makes the virtual environment .venv when it is missing, and brings it up to date when the build changed.
-#   make demo | test | lint | types | bench | sanitize | soak | gpu | birthplaces | clean
+#   make demo | test | lint | types | bench | convergence | sanitize | soak | gpu | birthplaces | clean
 
 PYTHON ?= python3
 # A build without the native library is not what these verbs are for; NLPFAST_NATIVE=auto lets it pass.
@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-cpu test-cpu-ops test-cpu-rest test-triton test-triton-attention test-triton-losses lint types
-.PHONY: bench sanitize soak gpu
+.PHONY: bench convergence sanitize soak gpu
 .PHONY: birthplaces clean
 
 # Trains small GPTs that learn where invented people were born, with and without pretraining and bottleneck, and
@@ -51,7 +51,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# Takes some minutes; leave the machine alone meanwhile. In the end it says which ratios fell since the results before.
+# Takes an hour or two; leave the machine alone meanwhile. In the end it says which ratios fell since the results before.
 bench: $(INSTALLED)
 	mkdir -p benchmarks/results build
 	rm -rf build/before && cp -r benchmarks/results build/before
@@ -60,6 +60,12 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.report benchmarks/results benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.predict_attention benchmarks/PREDICTED.md
 	$(BIN)/python -m benchmarks.regressions build/before benchmarks/results
+
+# Trains each trainer by the kernels and by plain PyTorch, and adds to the results how their losses go; half an hour.
+convergence: $(INSTALLED)
+	mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.convergence benchmarks/results
+	$(BIN)/python -m benchmarks.report benchmarks/results benchmarks/RESULTS.md
 
 # The tests of the ops on a library that watches every memory access; PyTorch itself is not watched.
 WATCHED = LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)"

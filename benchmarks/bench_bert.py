@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +26,7 @@ from nlpfast.nn.packing import Packing
 
 from .bench_training import checked, distance
 from .measure import Settings
+from .process_memory import megabytes_in_a_process, megabytes_of
 
 OP = "bert"
 OURS = "nlpfast"
@@ -40,6 +42,7 @@ LAYERS, C = 4, 512
 V = 30522
 OPTIMIZER = SimpleNamespace(learning_rate=2e-5, betas=(0.9, 0.999), weight_decay=0.01)
 LARGEST_NORM = 1.0
+Goals = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Case:
     Attributes:
         dtype: float32, or bfloat16 by autocast.
         goal: how many times faster than on the padded batch ours must be.
+        goals: the same, against other peers.
+        memory_goal: the share of the memory of `memory_peer` that ours may take.
         quick: also part of the quick run.
     """
 
@@ -56,6 +61,9 @@ class Case:
     goal: float = 1.4
     quick: bool = False
     best_goal: None = None
+    goals: Goals = field(default_factory=lambda: {TRANSFORMERS: 2.0})
+    memory_goal: float = 0.6
+    memory_peer: str = TRANSFORMERS
     # a step takes seconds
     rounds = (1, 3)
 
@@ -204,3 +212,24 @@ def _transformers(ours: BertForSentences) -> nn.Module:
     state = {name.replace("heads.sst.", "classifier."): w for name, w in ours.state_dict().items()}
     model.load_state_dict(state)
     return model
+
+
+def memory(case: Case, implementation: str) -> float | None:
+    """Return the megabytes that a step takes at most beyond the model and its batch; only on Linux."""
+    return megabytes_in_a_process(__name__, CASES.index(case), implementation)
+
+
+def main(index: str, implementation: str) -> None:
+    """Print what `memory` returns for a case of CASES; for a process of its own."""
+    torch.set_num_threads(1)
+    step = Step(CASES[int(index)], implementation, DROPOUT)
+    # loads the code of the libraries, and makes the optimizer's state
+    for parameter in step.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step.optimizer.step()
+    step.optimizer.zero_grad()
+    print(megabytes_of(step.step))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

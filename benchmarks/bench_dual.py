@@ -10,11 +10,9 @@ GPTs as large as an encoder, again in each step.
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ from . import bench_translation, eager_translation
 from .bench_training import checked, distance
 from .bench_translation import DROPOUT, LARGEST_NORM, SMOOTHING, chosen, unavailable
 from .measure import Settings
-from .process_memory import measured, megabytes_of
+from .process_memory import megabytes_in_a_process, megabytes_of
 
 __all__ = ["chosen", "unavailable"]
 
@@ -234,11 +232,9 @@ def memory(case: Case, implementation: str) -> float | None:
 
     Two translation steps one after the other take what the larger one takes.
     """
-    if implementation == TWO or not measured():
+    if implementation == TWO:
         return None
-    command = [sys.executable, "-m", __name__, str(CASES.index(case)), implementation]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return megabytes_in_a_process(__name__, CASES.index(case), implementation)
 
 
 def main(index: str, implementation: str) -> None:

@@ -8,11 +8,9 @@ inputs and the gradients, which whoever computes them returns.
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,7 @@ from nlpfast import dispatch
 from . import compiled
 from .gpu import Pass
 from .measure import Settings, check_errors
-from .process_memory import measured, megabytes_of
+from .process_memory import megabytes_in_a_process, megabytes_of
 
 OP = "linear_cross_entropy"
 OURS = "nlpfast"
@@ -178,12 +176,9 @@ def memory(case: Case, implementation: str) -> float | None:
 
     None for what is not measured: only ours and the eager peer of cases with a goal, and only on Linux.
     """
-    if case.memory_goal is None or implementation not in (OURS, EAGER) or not measured():
+    if case.memory_goal is None or implementation not in (OURS, EAGER):
         return None
-    command = [sys.executable, "-m", __name__, str(CASES.index(case)), implementation]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return megabytes_in_a_process(__name__, CASES.index(case), implementation)
 
 
 def main(index: str, implementation: str) -> None:

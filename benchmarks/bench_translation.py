@@ -13,11 +13,9 @@ hypothesis again in each step. Sentences are not taken out, as random weights en
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +33,7 @@ from nlpfast.optim import Adamax
 from . import eager_translation as eager
 from .bench_training import checked, distance
 from .measure import Settings
-from .process_memory import measured, megabytes_of
+from .process_memory import megabytes_in_a_process, megabytes_of
 
 OP = "translation"
 OURS = "nlpfast"
@@ -327,13 +325,9 @@ def memory(case: Case, implementation: str) -> float | None:
 
     None for what is not measured: a beam search, and the peer without alignments; and only on Linux.
     """
-    wanted = isinstance(case, Training) and implementation in (OURS, EAGER)
-    if not wanted or not measured():
+    if not isinstance(case, Training) or implementation not in (OURS, EAGER):
         return None
-    command = [sys.executable, "-m", __name__, str(CASES.index(case)), implementation]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return megabytes_in_a_process(__name__, CASES.index(case), implementation)
 
 
 def main(index: str, implementation: str) -> None:

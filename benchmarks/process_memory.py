@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["measured", "megabytes_of"]
+__all__ = ["megabytes_in_a_process", "megabytes_of"]
 
 
-def measured() -> bool:
-    """Return whether `megabytes_of` can be called here."""
-    return Path("/proc/self").exists()
+def megabytes_in_a_process(module: str, *words: object) -> float | None:
+    """Return the number that a module prints when it is run in a new process; None but on Linux.
+
+    Args:
+        module: of the benchmarks; `megabytes_of` is what it prints.
+        words: its arguments.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    if not Path("/proc/self").exists():
+        return None
+    command = [sys.executable, "-m", module, *map(str, words)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def megabytes_of(step: Callable[[], object]) -> float:

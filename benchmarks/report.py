@@ -1,6 +1,9 @@
 """Turn results into tables: nothing in them is typed by hand.
 
-`python -m benchmarks.report FOLDER FILE` writes a folder's results files as one Markdown file.
+`python -m benchmarks.report FOLDER FILE` writes a folder's results files as one Markdown file. Why a goal is
+missed no measurement says: `reasons.json` beside FILE does, for each machine and op as pairs of a regular
+expression, which is searched for in "case, threads, peer" as of `misses`, and a reason; the first that fits
+counts.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,24 @@ product in the same run, in float32 or bfloat16 as the case. Limit: what the rat
 100 %. Inference of models is forward alone. Memory, peer / ours: what a step takes at most beyond inputs and
 gradients; its goal is a share of the peer's."""
 
+CONVERGENCE_HEADINGS = (
+    "trained",
+    "against",
+    "dtype",
+    "dropout",
+    "seeds",
+    "steps",
+    "loss",
+    "difference",
+    "of the band",
+)
+CONVERGENCE_LEGEND = """\
+Losses of the same training by the kernels and by plain PyTorch: "definition" with the kernels' random
+numbers, "eager" with code and random numbers of its own (`make convergence`). Loss: of the first step and of
+the last 20, mean of the seeds. Difference: the largest of a step's losses, relative. Of the band: that
+difference over what lies between the seeds of plain PyTorch in that step; with random numbers of its own, of
+means over the seeds and 20 steps. A dash: the seeds have one loss, or each drops what it will."""
+
 GPU_LEGEND = """\
 A step is a forward and a backward pass, each timed as replays of a CUDA graph over several copies of the
 inputs, which together exceed the cache; a star marks what could not be captured and was launched from Python.
@@ -93,6 +114,47 @@ def verdict(row: Result) -> str:
     return ", ".join(goals) or "-"
 
 
+def misses(result: Result, reasons: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """Return a line for each missed goal: of what, by how much, and why.
+
+    Args:
+        result: of one op.
+        reasons: pairs of a regular expression and a reason.
+    """
+    lines = []
+    for row in result["rows"]:
+        for goal in verdict(row).split(", "):
+            if not goal.endswith("MISSED"):
+                continue
+            what = f"{row['name']}, {row['threads']} thread(s), {row['peer']}"
+            ratios = f"{row['ratio_of_minima']:.2f} / {row['ratio_of_medians']:.2f}"
+            if "memory" in goal:
+                ratios = f"{row['memory_mb']['ours'] / row['memory_mb']['peer']:.0%}"
+            why = next(
+                (reason for pattern, reason in reasons if re.search(pattern, what)), "not explained yet"
+            )
+            lines.append(f"{what}: {ratios} instead of {goal.removesuffix(' MISSED')}: {why}")
+    return lines
+
+
+def convergence(result: Result) -> str:
+    """Return the section on how losses go in training."""
+    rows = [CONVERGENCE_HEADINGS]
+    for row in result["rows"]:
+        difference, band = row["difference"], row["of_band"]
+        goal = row["goal"]
+        words = "" if goal is None else f", <= {goal:g} {'met' if difference <= goal else 'MISSED'}"
+        rows.append(
+            (
+                *(row["name"], row["against"], row["dtype"], "yes" if row["dropout"] else "no"),
+                *(str(row["seeds"]), str(row["steps"]), " to ".join(f"{loss:.4g}" for loss in row["losses"])),
+                "-" if difference is None else f"{difference:.1e}{words}",
+                "-" if band is None else f"{band:.2%}",
+            )
+        )
+    return "\n\n".join([f"## convergence: {result['date']}", CONVERGENCE_LEGEND, markdown(rows)])
+
+
 def table(result: Result) -> str:
     """Lay out the rows of one op as a Markdown table, padded so that it also reads well on a terminal."""
     rows = result["rows"]
@@ -109,10 +171,16 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def section(op: str, result: Result) -> str:
-    """Return the table of one op with what the machine can do, the notes and the missed goals."""
+def section(op: str, result: Result, reasons: Sequence[tuple[str, str]] = ()) -> str:
+    """Return the table of one op with what the machine can do, the notes and the missed goals.
+
+    Args:
+        op: its name.
+        result: of it.
+        reasons: why goals are missed, as `misses` takes them.
+    """
     goals = [goal for row in result["rows"] for goal in verdict(row).split(", ") if goal != "-"]
-    missed = [goal for goal in goals if goal.endswith("MISSED")]
+    missed = misses(result, reasons)
     rates = [
         f"{threads} thread(s): GEMM {rate['gemm_gflops']} GFLOP/s in float32, "
         f"{rate.get('gemm_16_gflops', '-')} in bfloat16, copy {rate['copy_gbytes']} GB/s"
@@ -122,12 +190,18 @@ def section(op: str, result: Result) -> str:
     head = f"{op}: backend {backends}, device {result['device']}, {result['date']}"
     legend = [GPU_LEGEND, ""] if _on_gpu(result) else []
     quick = ["Quick run: few rounds, so the figures are rough."] if result["quick"] else []
-    tail = [f"Goals: {len(goals) - len(missed)} of {len(goals)} met.", *quick, *rates, *result["notes"]]
+    met = f"Goals: {len(goals) - len(missed)} of {len(goals)} met."
+    tail = [met, *(f"Missed: {line}" for line in missed), *quick, *rates, *result["notes"]]
     return "\n".join([f"## {head}", "", *legend, table(result), "", *(f"- {line}" for line in tail)])
 
 
-def page(files: Sequence[Path]) -> str:
-    """Return the Markdown page of some results files."""
+def page(files: Sequence[Path], reasons: Mapping[str, Mapping[str, Sequence[tuple[str, str]]]]) -> str:
+    """Return the Markdown page of some results files.
+
+    Args:
+        files: the results.
+        reasons: of missed goals, by the stems of the files and ops.
+    """
     parts = ["# Results", "Written by `make bench` from the files of this folder; do not edit.", LEGEND]
     for path in files:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +211,10 @@ def page(files: Sequence[Path]) -> str:
         parts.append(markdown([("what", "value"), *facts.items()]))
         pictures = (path.with_name(f"{path.stem}-{what}.png") for what in ("speed", "memory"))
         parts += [f"![{p.stem}](results/{p.name})" for p in pictures if p.is_file()]
-        parts += [section(op, result) for op, result in data["ops"].items()]
+        known = reasons.get(path.stem, {})
+        parts += [section(op, result, known.get(op, ())) for op, result in data["ops"].items()]
+        if "convergence" in data:
+            parts.append(convergence(data["convergence"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -150,8 +227,10 @@ def main(arguments: Sequence[str]) -> int:
     if not files:
         print(f"no results in {arguments[0]}: run `make bench` first", file=sys.stderr)
         return 2
+    path = Path(arguments[1]).with_name("reasons.json")
+    reasons = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     with replacing(arguments[1]) as file:
-        file.write(page(files).encode())
+        file.write(page(files, reasons).encode())
     return 0
 
 

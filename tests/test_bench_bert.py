@@ -1,6 +1,7 @@
 """The benchmark of BERT's training step, at a small size."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -83,5 +84,29 @@ def test_it_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cases_are_plain_data() -> None:
     case = dataclasses.replace(bench.CASES[1])
-    assert bench.describe(case)["dtype"] == "bfloat16" and bench.describe(case)["goal"] == 1.4
+    found = bench.describe(case)
+    assert (found["dtype"], found["goal"], found["goals"]) == ("bfloat16", 1.4, {"transformers": 2.0})
+    assert (found["memory_goal"], found["memory_peer"]) == (0.6, "transformers")
     assert bench.chosen(case, Settings()) in ("cpu", "reference")
+
+
+def test_memory_is_that_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def megabytes(step: Callable[[], None]) -> float:
+        owner = step.__self__  # type: ignore[attr-defined]
+        assert all(p.grad is None for p in owner.model.parameters())
+        assert len(owner.optimizer.state) == len(list(owner.model.parameters()))
+        asked.append("packed" if owner.packed else "theirs" if owner.theirs else "padded")
+        return 3.5
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(bench, "megabytes_of", megabytes)
+    for name in (bench.OURS, *bench.PEERS):
+        bench.main("1", name)
+    assert asked == ["packed", "padded", "theirs"]
+    assert capsys.readouterr().out == "3.5\n" * 3
+    monkeypatch.setattr(bench, "megabytes_in_a_process", lambda *words: words)
+    assert bench.memory(bench.CASES[1], bench.OURS) == ("benchmarks.bench_bert", 1, "nlpfast")

@@ -89,6 +89,7 @@ def test_memory_is_of_what_has_one(
         asked.append(owner.implementation)
         return 3.5
 
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(bench, "megabytes_of", megabytes)
     for name in (bench.OURS, bench.EAGER, bench.ONE):
         bench.main("0", name)

@@ -173,8 +173,16 @@ def test_missing_compiler_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_row(**changes: Any) -> dict[str, Any]:
-    row = {"goal": 2.0, "peer": "sdpa", "goal_peer": "sdpa", "ratio_of_minima": 2.0, "ratio_of_medians": 2.1}
-    return {**row, **changes}
+    ratios = {"ratio_of_minima": 2.0, "ratio_of_medians": 2.1}
+    return {
+        "name": "case",
+        "threads": 1,
+        "goal": 2.0,
+        "peer": "sdpa",
+        "goal_peer": "sdpa",
+        **ratios,
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(
@@ -215,6 +223,44 @@ def test_page_is_made_from_results_alone(tmp_path: Path) -> None:
     assert torch.__version__ in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 2
+    missed = f"- Missed: {result['rows'][0]['name']}, 1 thread(s), sdpa: 1.50 / 2.50 instead of >= 2: "
+    assert f"{missed}not explained yet\n" in text
+    why = {"a": {"attention": [["no such", "wrong"], ["float32.*, sdpa", "slow"], ["", "wrong"]]}, "b": {}}
+    (tmp_path / "reasons.json").write_text(json.dumps(why), encoding="utf-8")
+    # the folder is that of the results
+    (tmp_path / "results").mkdir()
+    (tmp_path / "a.json").rename(tmp_path / "results" / "a.json")
+    assert report.main([str(tmp_path / "results"), str(tmp_path / "R.md")]) == 0
+    assert f"{missed}slow\n" in (tmp_path / "R.md").read_text(encoding="utf-8")
+
+
+def test_missed_memory() -> None:
+    row = a_row(memory_mb={"ours": 70.0, "peer": 100.0}, memory_goal=0.6, memory_peer="sdpa", goal=None)
+    [line] = report.misses({"rows": [row]}, [("", "large")])
+    assert line.endswith("sdpa: 70% instead of memory <= 60%: large")
+
+
+def test_convergence_in_the_page() -> None:
+    row = {
+        "name": "lm",
+        "against": "definition",
+        "dtype": "float32",
+        "dropout": False,
+        "seeds": 5,
+        "steps": 50,
+    }
+    figures = {"difference": 2e-5, "of_band": 0.0123, "losses": [4.25, 2.5], "goal": 1e-5}
+    other = {"difference": None, "of_band": None, "goal": None, "dropout": True}
+    rows = [{**row, **figures}, {**row, **figures, "difference": 1e-6}, {**row, **figures, **other}]
+    text = report.convergence({"date": "today", "rows": rows})
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "lm" in line[:5]
+    ]
+    assert [line[3:] for line in cells] == [
+        ["no", "5", "50", "4.25 to 2.5", "2.0e-05, <= 1e-05 MISSED", "1.23%"],
+        ["no", "5", "50", "4.25 to 2.5", "1.0e-06, <= 1e-05 met", "1.23%"],
+        ["yes", "5", "50", "4.25 to 2.5", "-", "-"],
+    ]
 
 
 def test_page_needs_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -409,10 +455,10 @@ def test_timing_without_graphs_is_noted(tmp_path: Path) -> None:
     assert report.slug(machine) == "nvidia-h200"
     data = {**measure.machine_facts(), "machine": machine, "ops": {"attention": result}}
     (tmp_path / "a.json").write_text(json.dumps(data), encoding="utf-8")
-    assert "# NVIDIA H200 (a.json)" in report.page([tmp_path / "a.json"])
-    assert "![" not in report.page([tmp_path / "a.json"])
+    assert "# NVIDIA H200 (a.json)" in report.page([tmp_path / "a.json"], {})
+    assert "![" not in report.page([tmp_path / "a.json"], {})
     (tmp_path / "a-speed.png").touch()
-    assert report.page([tmp_path / "a.json"]).count("\n![a-speed](results/a-speed.png)\n") == 1
+    assert report.page([tmp_path / "a.json"], {}).count("\n![a-speed](results/a-speed.png)\n") == 1
 
 
 @pytest.mark.usefixtures("short_gpu")

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from nlpfast.cli.options import UsageError
 from nlpfast.files import replacing
@@ -50,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=_path,
         metavar="PATH",
-        help="JSON file for the results, or a folder, in which the file is named after the machine",
+        help="JSON file for the results, or a folder, in which it is named after the machine; what it has of "
+        "other ops is kept",
     )
 
 
@@ -80,14 +82,17 @@ def run(args: argparse.Namespace) -> int:
     if path is not None and path.is_dir():
         path = path / f"{report.slug(facts['machine'])}.json"
     settings = measure.Settings(args.quick, args.threads, args.backend, device)
-    results = {}
+    results = _kept(path, facts)
     for op in names:
         bench = benchmark_module(f"bench_{op}")
-        results[op] = measure.run(bench, settings, lambda line: print(line, file=sys.stderr, flush=True))
-        print(report.section(op, results[op]), flush=True)
+        result = measure.run(bench, settings, lambda line: print(line, file=sys.stderr, flush=True))
+        print(report.section(op, result), flush=True)
+        results["ops"][op] = result
+        if path is not None:
+            # after each, as the next may take long
+            with replacing(path) as file:
+                file.write((json.dumps(results, indent=2) + "\n").encode())
     if path is not None:
-        with replacing(path) as file:
-            file.write((json.dumps({**facts, "ops": results}, indent=2) + "\n").encode())
         print(f"results written to {path}", file=sys.stderr)
     return 0
 
@@ -106,6 +111,19 @@ def _names(asked: str | None, device: str, backend: str | None) -> list[str]:
     if asked and asked not in names:
         raise UsageError(f"{asked} is not measured with this --device or --backend: drop the option")
     return [asked] if asked else names
+
+
+def _kept(path: Path | None, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what a results file holds already, of this machine and these versions, or an empty one."""
+    if path is not None and path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if isinstance(found, dict) and "ops" in found and all(found.get(k) == facts[k] for k in facts):
+            return found
+        print(f"{path} is of other versions or another machine, and is replaced", file=sys.stderr)
+    return {**facts, "ops": {}}
 
 
 def _check_output(path: Path) -> None:

@@ -42,9 +42,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"B": 2, "T": 9, "C": 16, "H": 2, "M": 4}.items():
         monkeypatch.setattr(modules, name, size)
     monkeypatch.setattr(modules, "CASES", (modules.Case("CS224N bottleneck", True, quick=True),))
-    training = bench.benchmark_module("bench_training")
+    training, steps = (bench.benchmark_module(name) for name in ("bench_training", "training_steps"))
     for name, size in {"C": 16, "H": 2, "LATENTS": 8, "DOCUMENTS": 3, "COMPARED": 2, "B": 2}.items():
-        monkeypatch.setattr(training, name, size)
+        monkeypatch.setattr(steps, name, size)
     step = training.Pretraining("perceiver", torch.bfloat16, goal=1e9)
     monkeypatch.setattr(training, "CASES", (step, training.Block(9, 4, goal=1e9, quick=True)))
     bert = bench.benchmark_module("bench_bert")
@@ -65,8 +65,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     dual = bench.benchmark_module("bench_dual")
     monkeypatch.setattr(dual, "CASES", (dual.Case(torch.float32, goal=1e9),))
     # memory is measured in processes of their own, which would train at full size
-    for models in (dual, translation):
-        monkeypatch.setattr(models, "measured", lambda: False)
+    for models in (dual, translation, bert, training):
+        monkeypatch.setattr(models, "megabytes_in_a_process", lambda *words: None)
 
 
 @pytest.mark.parametrize("argv", [["bench"], ["bench", "attention", "--quick"], ["bench", "--threads", "1"]])
@@ -118,6 +118,43 @@ def test_output_file_and_folder(tmp_path: Path) -> None:
     assert main(["bench", "--threads", "1", "--output", str(tmp_path)]) == 0
     named = [entry.name for entry in tmp_path.iterdir() if entry != file]
     assert named == [f"{bench.benchmark_module('report').slug(data['machine'])}.json"]
+
+
+def test_output_keeps_what_is_not_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    arguments = ["bench", "attention", "--threads", "1", "--output", str(file)]
+    assert main(arguments) == 0
+    data = json.loads(file.read_text(encoding="utf-8"))
+    [*_, date] = (data["ops"]["attention"].pop(key) for key in ("rows", "date"))
+    file.write_text(json.dumps({**data, "ops": {"other": {}, **data["ops"]}, "convergence": 1}))
+    assert main(arguments) == 0
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    assert (kept["ops"]["other"], kept["convergence"]) == ({}, 1)
+    assert kept["ops"]["attention"]["date"] >= date and kept["ops"]["attention"]["rows"]
+    assert "replaced" not in capsys.readouterr().err
+    for other in (json.dumps({**kept, "versions": {}}), "no results", "[]", "{}"):
+        file.write_text(other)
+        assert main(arguments) == 0
+        assert (
+            "results.json is of other versions or another machine, and is replaced" in capsys.readouterr().err
+        )
+        assert [*json.loads(file.read_text(encoding="utf-8"))["ops"]] == ["attention"]
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = bench.benchmark_module("measure")
+    right = measure.run
+
+    def run(module: ModuleType, *rest: object) -> object:
+        if module.OP == "attention":
+            raise RuntimeError("wrong")
+        return right(module, *rest)
+
+    monkeypatch.setattr(measure, "run", run)
+    monkeypatch.setattr(bench, "ops", lambda: ["cross_entropy", "attention"])
+    file = tmp_path / "results.json"
+    assert main(["bench", "--threads", "1", "--output", str(file)]) == 1
+    assert [*json.loads(file.read_text(encoding="utf-8"))["ops"]] == ["cross_entropy"]
 
 
 @pytest.mark.parametrize(

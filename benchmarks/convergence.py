@@ -1,0 +1,304 @@
+"""Train by the kernels and by plain PyTorch from the same weights: do the losses go the same way?
+
+    python -m benchmarks.convergence FOLDER [--only NAME] [--seeds 5] [--steps 200]
+
+Every trainer of the command line runs on invented text with each seed twice, in processes of their own: as it
+is, and with NLPFAST_BACKEND=reference, where each operation is its definition in plain PyTorch. Without
+dropout that is for the first quarter of the steps, with it for all. The definitions draw the kernels' own
+random numbers, so that both drop the same elements.
+
+CS224N's model also trains beside eager code that shares nothing with ours but first weights and batches, with
+PyTorch's own dropout (`benchmarks.training_steps`), and ours also in bfloat16.
+
+The rows go to the results file of this machine in FOLDER, which `benchmarks.report` reads:
+
+- difference: the largest of the loss of a step, both with the same seed, over the loss;
+- of the band: the largest difference over what lies between the smallest and the largest loss among the seeds
+  of plain PyTorch, in the same step. Where each drops elements of its own, both are of the mean of `WINDOW`
+  steps, and the difference is that of the means over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlpfast.data.birthplaces_files import invented
+from nlpfast.data.invented_sentences import write_invented
+from nlpfast.files import replacing
+from nlpfast.train.schedule import learning_rate_multiplier
+from nlpfast.train.translation_data import write_invented_pairs
+
+from .measure import machine_facts
+from .report import slug
+from .training_steps import DOCUMENTS, DROPOUT, EAGER, FEW, OURS, Pretraining, PretrainingStep, documents
+
+__all__ = ["TRAINERS", "beside_eager", "curves", "main", "prepare", "row"]
+
+# Without dropout, in float32.
+GOAL = 1e-5
+WINDOW = 20
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A trainer of the command line.
+
+    Attributes:
+        words: what runs it; {seed} and {steps} are filled in, and {kind}, "-plain" for a run without dropout.
+        plain: what is added for that.
+        dropout: whether there is a run with dropout.
+    """
+
+    words: str
+    plain: str = "--dropout 0"
+    dropout: bool = True
+
+
+_EVERY_STEP = "--seed {seed} --max-steps {steps} --log-every 1 --device cpu"
+_RUN = f"{_EVERY_STEP} --eval-every 1000 --output-dir run"
+_SETTINGS = "--max-length 64 --eval-sentences 10"
+_PAIRS = f"text/train.source text/train.target --valid text/valid.source text/valid.target {_SETTINGS}"
+_TRANSLATION = f"train translation {_PAIRS} --vocab vocab --max-tokens 512 --learning-rate 2e-3 {_RUN}"
+_TRANSFORMER = (
+    f"{_TRANSLATION} --encoder-layers 2 --decoder-layers 2 --d-model 64 --heads 4 --d-ff 128 "
+    "--dropout 0.1 --attention-dropout 0.1 --activation-dropout 0.1"
+)
+_TRANSFORMER_PLAIN = "--dropout 0 --attention-dropout 0 --activation-dropout 0"
+_ALIGNED = "--criterion label_smoothed_cross_entropy_with_alignment --alignments text/train.align"
+_RECURRENT = "--model rnn --embed-size 64 --hidden-size 64"
+_LM = "train lm --vocab vocab --max-length 64 --batch-size 32"
+# at the assignment's rate, which is for 128 documents, the loss of a few jumps, and rounding leads elsewhere
+_RATE = 1e-3
+_BIRTHPLACES = (
+    f"--config small --batch-size 4 --pretrain-lr {_RATE} {_EVERY_STEP} --writing-params-path weights"
+)
+_FILES = " ".join(
+    f"--{task}-{part} tasks/{task}-{part}.csv"
+    for task in ("sst", "para", "sts")
+    for part in ("train", "dev", "test")
+)
+
+TRAINERS = {
+    "birthplaces pretrain, vanilla": Trainer(f"birthplaces pretrain vanilla corpus {_BIRTHPLACES}"),
+    "birthplaces pretrain, perceiver": Trainer(f"birthplaces pretrain perceiver corpus {_BIRTHPLACES}"),
+    "birthplaces finetune": Trainer(
+        f"birthplaces finetune vanilla corpus --finetune-corpus-path questions {_BIRTHPLACES}"
+    ),
+    "lm, GPT": Trainer(
+        "train lm --biographies 400 --n-layer 2 --n-head 4 --n-embd 64 --block-size 64 --batch-size 16 "
+        f"--dropout 0.1 {_RUN}"
+    ),
+    "lm, RNN": Trainer(
+        f"{_LM} --text text/train.source --valid text/valid.source {_RECURRENT} --dropout 0.1 {_RUN}"
+    ),
+    "bert": Trainer(f"train bert --biographies 400 --vocab-size 1000 --max-length 64 --dropout 0.1 {_RUN}"),
+    "sentences multitask": Trainer(
+        f"sentences multitask {_FILES} --vocab-size 1000 --output-dir run {_EVERY_STEP}",
+        "--hidden-dropout-prob 0",
+    ),
+    "translation, Transformer": Trainer(f"{_TRANSFORMER} {_ALIGNED}", _TRANSFORMER_PLAIN),
+    "translation, RNN": Trainer(f"{_TRANSLATION} {_RECURRENT} --dropout 0.1"),
+    # the loss is an expectation over translations that the model draws, and has no dropout
+    "mrt": Trainer(
+        f"train mrt {_PAIRS} --model there --samples 4 --max-tokens 128 --learning-rate 2e-4 {_RUN}",
+        plain="",
+        dropout=False,
+    ),
+    # dropout is that of its translators
+    "dual": Trainer(
+        f"train dual {_PAIRS} --forward there{{kind}} --backward back{{kind}} --lm-source lm-source "
+        f"--lm-target lm-target --dsl-lambda 0.01 --dsl-warmup-epochs 0 --max-tokens 512 {_RUN}",
+        plain="",
+    ),
+}
+
+
+def prepare(folder: Path, steps: int = 100) -> None:
+    """Write what the trainers need into an empty folder: text, a vocabulary, and models.
+
+    Args:
+        folder: the folder.
+        steps: that the models have been trained.
+    """
+    write_invented_pairs(folder / "text", 2000, 0)
+    write_invented(folder / "tasks")
+    for name, lines in zip(("corpus", "questions"), invented(64), strict=False):
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    _call("vocab bpe text/train.source text/train.target --size 400 --output-dir vocab", folder)
+    for name, x, y in (("there", "source", "target"), ("back", "target", "source")):
+        files = f"text/train.{x} text/train.{y} --valid text/valid.{x} text/valid.{y}"
+        for kind, plain in (("", ""), ("-plain", _TRANSFORMER_PLAIN)):
+            words = _TRANSFORMER.replace(_PAIRS, f"{files} {_SETTINGS}").replace(
+                "--output-dir run", f"--output-dir {name}{kind}"
+            )
+            _call(f"{words.format(seed=0, steps=steps)} {plain}", folder)
+        words = f"{_LM} --text text/train.{x} --valid text/valid.{x} --n-layer 1 --n-embd 64"
+        _call(f"{words} --max-steps {steps} --eval-every 1000 --device cpu --output-dir lm-{x}", folder)
+
+
+def curves(
+    trainer: Trainer, seeds: Sequence[int], steps: int, dropout: bool, inputs: Path
+) -> tuple[Tensor, Tensor]:
+    """Return the losses of ours and of the definition; [seeds, steps] each, float64.
+
+    Args:
+        trainer: one of `TRAINERS`.
+        seeds: a run each.
+        steps: of a run.
+        dropout: with it or without.
+        inputs: what `prepare` has written.
+
+    Raises:
+        RuntimeError: a run failed, or its log has other steps.
+    """
+    kind, plain = ("", "") if dropout else ("-plain", trainer.plain)
+
+    def losses(backend: str | None, seed: int) -> Tensor:
+        with tempfile.TemporaryDirectory() as name:
+            for path in inputs.iterdir():
+                (Path(name) / path.name).symlink_to(path)
+            _call(f"{trainer.words.format(seed=seed, steps=steps, kind=kind)} {plain}", Path(name), backend)
+            [log] = [*Path(name).glob("run/log.jsonl"), *Path(name).glob("expt/*/*/log.jsonl")]
+            records = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+            found = {record["step"]: record["loss"] for record in records if "loss" in record}
+        if sorted(found) != [*range(1, steps + 1)]:
+            raise RuntimeError(f"{trainer.words}: there are losses of the steps {sorted(found)}")
+        return torch.tensor([found[step] for step in sorted(found)], dtype=torch.float64)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # in the order of the seeds
+        runs = [pool.map(losses, [backend] * len(seeds), seeds) for backend in (None, "reference")]
+        ours, plain_losses = (torch.stack([*found]) for found in runs)
+    return ours, plain_losses
+
+
+def beside_eager(model: str, dtype: torch.dtype, seeds: Sequence[int], steps: int) -> tuple[Tensor, Tensor]:
+    """Return the losses of ours and of eager code in float32, each with its own dropout; [seeds, steps] each.
+
+    Args:
+        model: vanilla or perceiver.
+        dtype: of ours; bfloat16 by autocast.
+        seeds: a run each, of first weights, batches and dropout.
+        steps: of a run.
+    """
+    runs = [(model, dtype, name, seed, steps) for name in (OURS, EAGER) for seed in seeds]
+    # processes, as PyTorch's random numbers and its threads are the process'
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        found = torch.tensor([*pool.map(_losses, *zip(*runs, strict=True))], dtype=torch.float64)
+    ours, eager = found.view(2, len(seeds), steps)
+    return ours, eager
+
+
+def _losses(model: str, dtype: torch.dtype, implementation: str, seed: int, steps: int) -> list[float]:
+    torch.set_num_threads(1)
+    step = PretrainingStep(Pretraining(model, dtype, 1.0), implementation, DROPOUT, seed=seed)
+    order, items = torch.Generator().manual_seed(seed), documents(DOCUMENTS)
+    losses = []
+    for number in range(1, steps + 1):
+        for group in step.optimizer.param_groups:
+            group["lr"] = _RATE * learning_rate_multiplier(number, steps // 10, steps, "constant")
+        step.read([items[i] for i in torch.randperm(DOCUMENTS, generator=order)[:FEW]])
+        losses.append(step.step().item())
+    return losses
+
+
+def row(name: str, ours: Tensor, eager: Tensor, *, alike: bool = True, **facts: Any) -> dict[str, Any]:
+    """Return what is said of two sets of losses.
+
+    Args:
+        name: of the trainer.
+        ours: [seeds, steps].
+        eager: [seeds, steps].
+        alike: both dropped the same elements, or none.
+        facts: what else the row says.
+    """
+    seeds, steps = eager.shape
+    first_and_last = [eager[:, 0].mean().item(), eager[:, -WINDOW:].mean().item()]
+    if not alike:
+        ours, eager = (losses.unfold(1, WINDOW, 1).mean(2) for losses in (ours, eager))
+    band = eager.amax(0) - eager.amin(0)
+    difference = ours - eager if alike else (ours - eager).mean(0, keepdim=True)
+    shares = difference.abs().amax(0) / band
+    return {
+        "name": name,
+        "seeds": seeds,
+        "steps": steps,
+        "difference": (difference / eager).abs().max().item() if alike else None,
+        # where all are equal there is no band
+        "of_band": shares[band > 0].max().item() if (band > 0).any() else None,
+        "losses": first_and_last,
+        **facts,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, print a line for each row, and write the rows.
+
+    Args:
+        argv: the words after the module; those of the process when None.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--only", choices=TRAINERS, metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args(argv)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        inputs = Path(name)
+        prepare(inputs)
+        for trainer in (args.only,) if args.only else TRAINERS:
+            for dropout in (False, True) if TRAINERS[trainer].dropout else (False,):
+                steps = args.steps if dropout else args.steps // 4
+                found = curves(TRAINERS[trainer], range(args.seeds), steps, dropout, inputs)
+                goal = None if dropout else GOAL
+                facts = {"against": "definition", "dtype": "float32", "dropout": dropout, "goal": goal}
+                rows.append(row(trainer, *found, **facts))
+                print(rows[-1], file=sys.stderr, flush=True)
+    for model, dtype in product(("vanilla", "perceiver"), (torch.float32, torch.bfloat16)):
+        if args.only is None:
+            found = beside_eager(model, dtype, range(args.seeds), args.steps)
+            facts = {"against": EAGER, "dtype": str(dtype).removeprefix("torch."), "dropout": True}
+            rows.append(row(f"GPT, {model}", *found, alike=False, goal=None, **facts))
+            print(rows[-1], file=sys.stderr, flush=True)
+    machine = machine_facts("cpu")
+    path = args.folder / f"{slug(machine['machine'])}.json"
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {**machine, "ops": {}}
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    data["convergence"] = {"date": date, "rows": rows}
+    with replacing(path) as file:
+        file.write((json.dumps(data, indent=2) + "\n").encode())
+
+
+def _call(words: str, folder: Path, backend: str | None = None) -> None:
+    """Run a command in a folder."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
+    environment.pop("NLPFAST_BACKEND", None)
+    if backend is not None:
+        environment["NLPFAST_BACKEND"] = backend
+    command = [sys.executable, "-m", "nlpfast", *shlex.split(words)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{words}: {done.stderr[-2000:]}")
+
+
+if __name__ == "__main__":
+    main()
