@@ -10,7 +10,8 @@ random numbers, so that both drop the same elements.
 CS224N's model also trains beside eager code that shares nothing with ours but first weights and batches, with
 PyTorch's own dropout (`benchmarks.training_steps`), and ours also in bfloat16.
 
-The rows go to the results file of this machine in FOLDER, which `benchmarks.report` reads:
+The rows go to the results file of this machine in FOLDER, which `benchmarks.report` reads, in the place of
+those with the same names:
 
 - difference: the largest of the loss of a step, both with the same seed, over the loss;
 - of the band: the largest difference over what lies between the smallest and the largest loss among the seeds
@@ -28,10 +29,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from .measure import machine_facts
 from .report import slug
 from .training_steps import DOCUMENTS, DROPOUT, EAGER, FEW, OURS, Pretraining, PretrainingStep, documents
 
-__all__ = ["TRAINERS", "beside_eager", "curves", "main", "prepare", "row"]
+__all__ = ["MODELS", "TRAINERS", "beside_eager", "curves", "main", "prepare", "row"]
 
 # Without dropout, in float32.
 GOAL = 1e-5
@@ -128,6 +128,8 @@ TRAINERS = {
         plain="",
     ),
 }
+# those of CS224N's assignment 5, which also train beside eager code
+MODELS = {"GPT, vanilla": "vanilla", "GPT, perceiver": "perceiver"}
 
 
 def prepare(folder: Path, steps: int = 100) -> None:
@@ -189,21 +191,26 @@ def curves(
     return ours, plain_losses
 
 
-def beside_eager(model: str, dtype: torch.dtype, seeds: Sequence[int], steps: int) -> tuple[Tensor, Tensor]:
-    """Return the losses of ours and of eager code in float32, each with its own dropout; [seeds, steps] each.
+def beside_eager(
+    model: str, seeds: Sequence[int], steps: int
+) -> Iterator[tuple[torch.dtype, Tensor, Tensor]]:
+    """Yield the losses of ours in each dtype and those of eager code in float32; [seeds, steps] each.
+
+    Each has its own dropout; bfloat16 is by autocast.
 
     Args:
         model: vanilla or perceiver.
-        dtype: of ours; bfloat16 by autocast.
         seeds: a run each, of first weights, batches and dropout.
         steps: of a run.
     """
-    runs = [(model, dtype, name, seed, steps) for name in (OURS, EAGER) for seed in seeds]
+    kinds = ((EAGER, torch.float32), (OURS, torch.float32), (OURS, torch.bfloat16))
+    runs = [(model, dtype, name, seed, steps) for name, dtype in kinds for seed in seeds]
     # processes, as PyTorch's random numbers and its threads are the process'
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         found = torch.tensor([*pool.map(_losses, *zip(*runs, strict=True))], dtype=torch.float64)
-    ours, eager = found.view(2, len(seeds), steps)
-    return ours, eager
+    eager, *ours = found.view(len(kinds), len(seeds), steps)
+    for (_, dtype), losses in zip(kinds[1:], ours, strict=True):
+        yield dtype, losses, eager
 
 
 def _losses(model: str, dtype: torch.dtype, implementation: str, seed: int, steps: int) -> list[float]:
@@ -256,35 +263,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--only", choices=TRAINERS, metavar="NAME")
+    parser.add_argument("--only", choices=(*TRAINERS, *MODELS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args(argv)
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        inputs = Path(name)
-        prepare(inputs)
-        for trainer in (args.only,) if args.only else TRAINERS:
-            for dropout in (False, True) if TRAINERS[trainer].dropout else (False,):
-                steps = args.steps if dropout else args.steps // 4
-                found = curves(TRAINERS[trainer], range(args.seeds), steps, dropout, inputs)
-                goal = None if dropout else GOAL
-                facts = {"against": "definition", "dtype": "float32", "dropout": dropout, "goal": goal}
-                rows.append(row(trainer, *found, **facts))
-                print(rows[-1], file=sys.stderr, flush=True)
-    for model, dtype in product(("vanilla", "perceiver"), (torch.float32, torch.bfloat16)):
-        if args.only is None:
-            found = beside_eager(model, dtype, range(args.seeds), args.steps)
-            facts = {"against": EAGER, "dtype": str(dtype).removeprefix("torch."), "dropout": True}
-            rows.append(row(f"GPT, {model}", *found, alike=False, goal=None, **facts))
-            print(rows[-1], file=sys.stderr, flush=True)
+    names = (args.only,) if args.only else (*TRAINERS, *MODELS)
+    seeds, rows = range(args.seeds), []
+    for found in _rows(names, seeds, args.steps):
+        print(found, file=sys.stderr, flush=True)
+        rows.append(found)
     machine = machine_facts("cpu")
     path = args.folder / f"{slug(machine['machine'])}.json"
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {**machine, "ops": {}}
+    kept = [old for old in data.get("convergence", {}).get("rows", ()) if old["name"] not in names]
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    data["convergence"] = {"date": date, "rows": rows}
+    data["convergence"] = {"date": date, "rows": [*kept, *rows]}
     with replacing(path) as file:
         file.write((json.dumps(data, indent=2) + "\n").encode())
+
+
+def _rows(names: Sequence[str], seeds: Sequence[int], steps: int) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder)
+        if not set(names) <= set(MODELS):
+            prepare(inputs)
+        for name in names:
+            if name in MODELS:
+                for dtype, ours, eager in beside_eager(MODELS[name], seeds, steps):
+                    facts = {"against": EAGER, "dtype": str(dtype).removeprefix("torch."), "dropout": True}
+                    yield row(name, ours, eager, alike=False, goal=None, **facts)
+                continue
+            for dropout in (False, True) if TRAINERS[name].dropout else (False,):
+                ours, eager = curves(TRAINERS[name], seeds, steps if dropout else steps // 4, dropout, inputs)
+                goal = None if dropout else GOAL
+                facts = {"against": "definition", "dtype": "float32", "dropout": dropout, "goal": goal}
+                yield row(name, ours, eager, **facts)
 
 
 def _call(words: str, folder: Path, backend: str | None = None) -> None:

@@ -126,4 +126,18 @@ def test_rows_are_added_to_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path
     seeds = range(2)
     assert asked == [(mrt, seeds, 2, False), (dual, seeds, 2, False), (dual, seeds, 8, True)]
     rows = [(row["name"], row["dropout"], row["goal"]) for row in data["convergence"]["rows"]]
-    assert rows == [("dual", False, 1e-5), ("dual", True, None)]
+    assert rows == [("mrt", False, 1e-5), ("dual", False, 1e-5), ("dual", True, None)]
+    convergence.main([str(tmp_path), *words, "mrt"])
+    data = json.loads((tmp_path / "a-2-cores.json").read_text())
+    assert [row["name"] for row in data["convergence"]["rows"]] == ["dual", "dual", "mrt"]
+
+    def beside_eager(model: str, seeds: range, steps: int) -> Any:
+        assert (model, seeds, steps) == ("perceiver", range(2), 8)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield dtype, torch.ones(2, 40), torch.rand(2, 40)
+
+    monkeypatch.setattr(convergence, "beside_eager", beside_eager)
+    convergence.main([str(tmp_path), *words, "GPT, perceiver"])
+    data = json.loads((tmp_path / "a-2-cores.json").read_text())
+    rows = [(row["name"], row["dtype"], row["difference"]) for row in data["convergence"]["rows"][3:]]
+    assert rows == [("GPT, perceiver", "float32", None), ("GPT, perceiver", "bfloat16", None)]
