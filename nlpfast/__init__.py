@@ -2,6 +2,7 @@
 
 from nlpfast import hf, nn
 from nlpfast.convert import accelerate, undo
+from nlpfast.dispatch import use_backend
 from nlpfast.ops.add_layer_norm import add_layer_norm
 from nlpfast.ops.alignment_loss import alignment_loss, attention_at, hard_alignment
 from nlpfast.ops.attention import attention
@@ -25,6 +26,7 @@ __all__ = [
     "linear_cross_entropy",
     "nn",
     "undo",
+    "use_backend",
     "varlen_attention",
 ]
 

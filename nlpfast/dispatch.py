@@ -6,9 +6,11 @@ traced by ``torch.compile(fullgraph=True)``: nothing is imported at the time of 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +29,9 @@ registry: dict[str, dict[str, ModuleType | str]] = {}
 
 ENV_BACKEND: str | None = os.environ.get("NLPFAST_BACKEND") or None
 ENV_LOG: str | None = os.environ.get("NLPFAST_LOG") or None
+
+# By `use_backend`.
+_used: str | None = None
 
 logger = logging.getLogger("nlpfast")
 _logged: set[tuple[Any, ...]] = set()
@@ -52,6 +57,36 @@ def start_logging(level: str) -> None:
     logger.setLevel(level.upper())
 
 
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve the calls of a block by one backend, unless they name another: a whole model, to compare.
+
+    Example::
+
+        with nlpfast.use_backend("reference"):
+            logits = model(idx)  # each op by its definition in plain PyTorch
+
+    It holds for all threads, and in nested blocks the innermost counts. A gradient is computed by the backend
+    that served forward. As with `NLPFAST_BACKEND`, over which it has precedence, a call that the backend does
+    not serve is an error.
+
+    Args:
+        name: of a backend that some op has.
+
+    Raises:
+        ValueError: no op has such a backend.
+    """
+    global _used
+    known = sorted({known for backends in registry.values() for known in backends})
+    if name not in known:
+        raise ValueError(f"use_backend({name!r}): no op has such a backend, name one of {', '.join(known)}")
+    before, _used = _used, name
+    try:
+        yield
+    finally:
+        _used = before
+
+
 def triton_status() -> str:
     """Return "ok" where Triton kernels can run, or why they cannot; Triton itself is not imported here."""
     if importlib.util.find_spec("triton") is None:
@@ -64,9 +99,9 @@ def triton_status() -> str:
 def choose(op: str, device_type: str, backend: str | None, request: tuple[Any, ...]) -> ModuleType:
     """Return the backend module that serves this call.
 
-    Without a name, and without NLPFAST_BACKEND, the first of the device's list whose ``refusal`` is None is
-    taken. A backend that was asked for by name serves the call or the call fails: there is no silent
-    fallback.
+    Without a name, and without `use_backend` and NLPFAST_BACKEND, the first of the device's list whose
+    ``refusal`` is None is taken. A backend that was asked for by name serves the call or the call fails:
+    there is no silent fallback.
 
     Args:
         op: the op's name, such as "attention".
@@ -79,12 +114,13 @@ def choose(op: str, device_type: str, backend: str | None, request: tuple[Any, .
         RuntimeError: if the named backend is missing or does not serve the call, or if none does.
     """
     backends = registry[op]
-    name = backend if backend is not None else ENV_BACKEND
+    named = ((backend, "backend"), (_used, "use_backend"), (ENV_BACKEND, "NLPFAST_BACKEND"))
+    name, source = next(((name, source) for name, source in named if name is not None), (None, ""))
     refusals: dict[str, str] = {}
     if name is not None:
         reason = _refusal(backends, name, request)
         if reason is not None:
-            raise _refused(op, name, backend is None, reason, backends)
+            raise _refused(op, name, source, reason, backends)
         chosen = name
     else:
         chosen, refusals = _first_willing(op, device_type, request)
@@ -133,12 +169,15 @@ def _refusal(backends: dict[str, ModuleType | str], name: str, request: tuple[An
 
 
 def _refused(
-    op: str, name: str, from_environment: bool, reason: str, backends: dict[str, ModuleType | str]
+    op: str, name: str, source: str, reason: str, backends: dict[str, ModuleType | str]
 ) -> Exception:
     """Build the error for a backend that was asked for by name and does not serve the call."""
-    asked, fix = f"backend={name!r}", "pass backend=None to let nlpfast choose"
-    if from_environment:
-        asked, fix = f"NLPFAST_BACKEND={name}", "unset NLPFAST_BACKEND to let nlpfast choose"
+    asked, fix = {
+        "backend": (f"backend={name!r}", "pass backend=None"),
+        "use_backend": (f"use_backend({name!r})", "leave that block"),
+        "NLPFAST_BACKEND": (f"NLPFAST_BACKEND={name}", "unset NLPFAST_BACKEND"),
+    }[source]
+    fix = f"{fix} to let nlpfast choose"
     if name not in backends:
         known = ", ".join(repr(known) for known in backends)
         return ValueError(f"{asked}: {op} has no such backend; it must be one of {known}: {fix}")

@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from nlpfast import attention, dispatch
+from nlpfast import attention, dispatch, native
+from nlpfast.models.gpt import GPT, GPTConfig
 from nlpfast.testing import make_inputs
 
 
@@ -125,3 +126,66 @@ def test_environment(variables: dict[str, str], code: int, wanted: str) -> None:
     )
     assert (done.returncode, done.stdout) == (code, "")
     assert wanted in done.stderr and (wanted or not done.stderr)
+
+
+def test_a_block_has_its_backend(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "ENV_BACKEND", "gone")
+    dispatch.registry[op]["picky"] = backend_of("picky", None)
+    with dispatch.use_backend("solid"):
+        assert dispatch.choose(op, "cpu", None, ()).__name__ == "solid"
+        # a name is nearer
+        assert dispatch.choose(op, "cpu", "picky", ()).__name__ == "picky"
+        with dispatch.use_backend("picky"):
+            assert dispatch.choose(op, "cpu", None, ()).__name__ == "picky"
+        assert dispatch.choose(op, "cpu", None, ()).__name__ == "solid"
+    with pytest.raises(KeyError), dispatch.use_backend("solid"):
+        raise KeyError
+    with pytest.raises(RuntimeError, match="NLPFAST_BACKEND=gone"):
+        dispatch.choose(op, "cpu", None, ())
+
+
+def test_a_block_never_falls_back(op: str) -> None:
+    with (
+        dispatch.use_backend("picky"),
+        pytest.raises(RuntimeError, match=r"use_backend\('picky'\): .* it is tired: leave that block to let"),
+    ):
+        dispatch.choose(op, "cpu", None, ())
+    message = r"use_backend\('abacus'\): no op .* name one of .*, reference"
+    with pytest.raises(ValueError, match=message), dispatch.use_backend("abacus"):
+        pass
+
+
+@pytest.mark.skipif(native.status() != "ok", reason="there are no kernels")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_model_by_its_definitions(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op of a block goes by the definition, forward and backward, with the same result."""
+    rates = dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), dropout)
+    model = GPT(GPTConfig(11, 8, n_layer=2, n_head=2, n_embd=16, **rates))
+    x, found, chosen = torch.arange(8)[None], {}, set()
+    log = dispatch._log_choice
+    monkeypatch.setattr(dispatch, "ENV_LOG", "debug")
+    monkeypatch.setattr(
+        dispatch, "_log_choice", lambda op, name, *rest: chosen.add((op, name)) or log(op, name, *rest)
+    )
+    for name in ("cpu", "reference"):
+        torch.manual_seed(0)
+        model.zero_grad()
+        with dispatch.use_backend(name):
+            loss = model(x, x)[1]
+        loss.backward()
+        found[name] = [loss.detach(), *(p.grad for p in model.parameters())]
+    ops = {op for op, _ in chosen}
+    assert {"attention", "add_layer_norm", "bias_gelu", "cross_entropy"} <= ops
+    assert chosen == {(op, name) for op in ops for name in found}
+    for ours, plain in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_code_follows_the_block() -> None:
+    q, k, v = torch.randn(3, 1, 2, 33, 8)
+    compiled = torch.compile(lambda: attention(q, k, v), fullgraph=True, backend="eager")
+    with dispatch.use_backend("reference"):
+        assert torch.equal(compiled(), attention(q, k, v, backend="reference"))
+    assert torch.equal(compiled(), attention(q, k, v))
+    if native.status() == "ok":
+        assert not torch.equal(compiled(), attention(q, k, v, backend="reference"))
