@@ -58,6 +58,7 @@ bench: $(INSTALLED)
 	$(BIN)/nlpfast bench --output benchmarks/results
 	$(BIN)/python -m benchmarks.plots benchmarks/results
 	$(BIN)/python -m benchmarks.report benchmarks/results benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.headline benchmarks/results README.md
 	$(BIN)/python -m benchmarks.predict_attention benchmarks/PREDICTED.md
 	$(BIN)/python -m benchmarks.regressions build/before benchmarks/results
 

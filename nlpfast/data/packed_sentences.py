@@ -13,8 +13,8 @@ from torch import Tensor
 
 __all__ = ["ROUNDED", "PackedSentences", "filled", "pack_sentences"]
 
-# Packed batches have a multiple of so many tokens.
-ROUNDED = 256
+# Packed batches have a multiple of so many tokens: few enough to cost little in a batch of a few hundred.
+ROUNDED = 64
 
 
 class PackedSentences(NamedTuple):
@@ -36,20 +36,19 @@ class PackedSentences(NamedTuple):
     sentences: int
 
 
-def filled(lengths: Sequence[int], multiple: int = ROUNDED) -> tuple[Tensor, int]:
-    """Return the layout of sequences, and of others that fill the batch up to a multiple of so many tokens.
+def filled(lengths: Sequence[int]) -> tuple[Tensor, int]:
+    """Return the layout of sequences, and of others that fill the batch up to a multiple of `ROUNDED` tokens.
 
     PyTorch keeps what it compiles for the shapes of matrix products, in 16 bits, and there would be a new
     number of tokens in every step otherwise: each takes time, and together gigabytes.
 
     Args:
         lengths: tokens of each sequence, at least one; the others are no longer than the longest.
-        multiple: of how many.
 
     Returns:
         Cumulative numbers of tokens, int64 [sequences and others + 1], and how many tokens the others have.
     """
-    longest, missing = max(lengths), -sum(lengths) % multiple
+    longest, missing = max(lengths), -sum(lengths) % ROUNDED
     whole, rest = divmod(missing, longest)
     return torch.tensor([0, *lengths, *[longest] * whole, *[rest] * (rest > 0)]).cumsum(0), missing
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nlpfast.data.packed_sentences import filled
-from nlpfast.data.translation_batches import FILLED, IGNORED, TranslationBatch
+from nlpfast.data.translation_batches import IGNORED, TranslationBatch
 
 __all__ = ["SentenceBatch", "make_sentence_batch", "targets_of", "turned"]
 
@@ -52,7 +52,7 @@ def make_sentence_batch(
     if not sentences:
         raise ValueError("sentences is empty; give at least one")
     lengths = [len(sentence) + 1 for sentence in sentences]
-    cu_seqlens, missing = filled(lengths, FILLED)
+    cu_seqlens, missing = filled(lengths)
     return SentenceBatch(
         tokens_in=torch.tensor([*(t for row in sentences for t in (bos_id, *row)), *[pad_id] * missing]),
         tokens_out=torch.tensor([*(t for row in sentences for t in (*row, eos_id)), *[IGNORED] * missing]),

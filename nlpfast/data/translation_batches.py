@@ -24,7 +24,6 @@ from nlpfast.data.read_report import FIRST
 from nlpfast.data.token_pairs import TokenLists, TokenPairs, places_of
 
 __all__ = [
-    "FILLED",
     "IGNORED",
     "Encode",
     "TokenPairs",
@@ -34,9 +33,6 @@ __all__ = [
     "first",
     "make_batch",
 ]
-
-# Either side of a batch has a multiple of so many tokens.
-FILLED = 64
 
 # The target of a row that does not count, the default of the losses.
 IGNORED = -100
@@ -142,8 +138,8 @@ def _packed(
     """Make a batch; `special` are PAD, BOS and EOS."""
     pad, bos, eos = special
     source_lengths, target_lengths = source.lengths() + 1, target.lengths() + 1
-    source_cu, source_missing = filled(source_lengths.tolist(), FILLED)
-    target_cu, target_missing = filled(target_lengths.tolist(), FILLED)
+    source_cu, source_missing = filled(source_lengths.tolist())
+    target_cu, target_missing = filled(target_lengths.tolist())
     # the side with fewer sequences gets empty ones: their numbers are the same, and their tokens full
     sequences = max(len(source_cu), len(target_cu))
     source_cu, target_cu = (

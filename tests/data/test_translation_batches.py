@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from nlpfast.data.alignments import Alignments
+from nlpfast.data.packed_sentences import ROUNDED
 from nlpfast.data.parallel_text import ParallelText
 from nlpfast.data.subword_alignments import subword_alignments
 from nlpfast.data.translation_batches import (
-    FILLED,
     IGNORED,
     TokenPairs,
     TranslationDataset,
@@ -49,7 +49,7 @@ def unpacked(batch):
     source = sentences(batch.source, batch.source_cu, number)
     inputs = sentences(batch.target_in, batch.target_cu, number)
     outputs = sentences(batch.target_out, batch.target_cu, number)
-    assert len(batch.source) % FILLED == len(batch.target_in) % FILLED == 0
+    assert len(batch.source) % ROUNDED == len(batch.target_in) % ROUNDED == 0
     assert len(batch.source_cu) == len(batch.target_cu) and batch.target_in.shape == batch.target_out.shape
     for tokens, cu, longest, filler in (
         (batch.source, batch.source_cu, batch.source_longest, PAD),
@@ -60,7 +60,7 @@ def unpacked(batch):
         assert cu[0] == 0 and cu[-1] == len(tokens) and (cu.diff() >= 0).all()
         assert longest == cu.diff()[:number].max() == cu.diff().max()
         rest = tokens[cu[number] :]
-        assert len(rest) < FILLED and (rest == filler).all()
+        assert len(rest) < ROUNDED and (rest == filler).all()
     assert all(row[-1] == EOS for row in source + outputs) and all(row[0] == BOS for row in inputs)
     assert [row[:-1] for row in outputs] == [row[1:] for row in inputs]
     return [row[:-1] for row in source], [row[1:] for row in inputs]
