@@ -12,7 +12,8 @@ INSTALLED := .venv/installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-cpu test-cpu-ops test-cpu-rest test-triton test-triton-attention test-triton-losses lint types
+.PHONY: demo test test-cpu test-cpu-ops test-cpu-rest test-triton test-triton-attention test-triton-losses test-cuda
+.PHONY: lint types
 .PHONY: bench convergence sanitize soak gpu
 .PHONY: birthplaces clean
 
@@ -22,8 +23,9 @@ demo: $(INSTALLED)
 	$(BIN)/nlpfast birthplaces demo --output_dir runs/demo
 	$(BIN)/nlpfast bench attention --quick
 
-# Four parts, the longest first, for `make -j2 test`; the last two run the Triton kernels on the CPU, in float32.
-test: test-cpu test-triton
+# Five parts, the longest first, for `make -j2 test`; test-triton runs the Triton kernels on the CPU, in float32, and
+# test-cuda the CUDA kernels, by csrc/cuda_emulator.h.
+test: test-cpu test-triton test-cuda
 
 test-cpu: test-cpu-ops test-cpu-rest
 
@@ -42,6 +44,14 @@ test-triton-attention: $(INSTALLED)
 test-triton-losses: $(INSTALLED)
 	$(TEST_TRITON) tests/ops/test_*cross_entropy*.py tests/ops/test_alignment_loss*.py \
 		tests/ops/test_add_layer_norm.py tests/ops/test_bias_gelu.py tests/ops/test_dropout.py
+
+test-cuda: $(INSTALLED)
+	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/emulated --target nlpfast_cuda_emulated
+	EMULATED_CUDA=$(CURDIR)/build/emulated/libnlpfast_cuda_emulated.so OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/ops/test_cross_entropy*.py tests/ops/test_add_layer_norm.py \
+		tests/ops/test_cuda_attention.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

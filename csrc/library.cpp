@@ -77,3 +77,35 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nlpfast, m) {
       "adamax_step(Tensor(a!) param, Tensor grad, Tensor(b!) mean, Tensor(c!) size, float beta1, float beta2, "
       "float eps, float rate, float decay) -> ()");
 }
+
+// Operations of CUDA devices that differ from those above in what they take: nothing in them waits for the device.
+STABLE_TORCH_LIBRARY_FRAGMENT(nlpfast, m) {
+  // gradient is written, for the upstream gradient grad_scale (float32, one number) in every row; it may be the input.
+  m.def(
+      "cuda_cross_entropy_forward(Tensor input, Tensor target, int ignore_index, int pad_index, float on_target, "
+      "float on_other, Tensor? grad_scale, Tensor(a!)? gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  // With grad_scale, gradient is already that for an upstream gradient of grad_scale, and is left alone in rows whose
+  // own it is; with rescale it is multiplied in the others, as there are no logits any more.
+  m.def(
+      "cuda_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor statistics, "
+      "Tensor? grad_scale, int ignore_index, int pad_index, float on_target, float on_other, bool rescale, "
+      "Tensor(a!) gradient) -> ()");
+  // query, key, value: [B, H, rows, D], or packed [total, H, D] with cu_seq: int64 [B + 1]; max_k: keys of a sequence
+  // at most. Returns lse, [B, H, L] or [H, total].
+  m.def(
+      "cuda_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? prefix_lengths, "
+      "Tensor? cu_seq_q, Tensor? cu_seq_k, int max_k, Tensor? seed, float dropout_p, int causal, float scale, "
+      "Tensor(a!) out) -> Tensor");
+  // Writes the gradients; nothing of the forward pass is needed but its inputs. grad_lse: as lse, contiguous.
+  m.def(
+      "cuda_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor? key_lengths, Tensor? prefix_lengths, Tensor? cu_seq_q, Tensor? cu_seq_k, int max_k, Tensor? seed, "
+      "float dropout_p, int causal, float scale, Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value) -> ()");
+  m.def(
+      "cuda_add_layer_norm_forward(Tensor part, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, "
+      "int threshold, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)");
+  // Returns the gradients of part, or [0, C] as above, and residual, and sums [blocks, 2, C] of weight's and bias's.
+  m.def(
+      "cuda_add_layer_norm_backward(Tensor grad_out, Tensor? grad_sum, Tensor sum, Tensor statistics, Tensor weight, "
+      "Tensor? seed, int threshold, ScalarType part_dtype) -> (Tensor, Tensor, Tensor)");
+}

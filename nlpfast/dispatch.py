@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from nlpfast import native
+
 # Which backends are tried for tensors of a device, best first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
@@ -94,6 +96,13 @@ def triton_status() -> str:
     if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET") != "1":
         return "PyTorch was built without CUDA; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
     return "ok"
+
+
+def cuda_status() -> str:
+    """Return "ok" where the compiled CUDA kernels can run, or why they cannot."""
+    if native.cuda_status() == "ok" and torch.version.cuda is None:
+        return "PyTorch was built without CUDA: install one that is built with it"
+    return native.cuda_status()
 
 
 def choose(op: str, device_type: str, backend: str | None, request: tuple[Any, ...]) -> ModuleType:

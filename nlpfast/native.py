@@ -11,11 +11,11 @@ FOLDER = Path(__file__).parent
 _PROCESS = os.getpid()
 
 
-def _load(name: str) -> str:
+def _load(name: str, hint: str) -> str:
     """Load one shared library of operations; "ok", or the reason why it is missing in one line."""
     path = FOLDER / name
     if not path.exists():
-        return f"{name} was not built (reinstall with NLPFAST_NATIVE=required to see the compiler's error)"
+        return f"{name} was not built ({hint})"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -31,12 +31,23 @@ def _import_c() -> ModuleType | None:
 
 
 _C = _import_c()
-_STATUS = _load("libnlpfast_cpu.so")
+_STATUS = _load("libnlpfast_cpu.so", "reinstall with NLPFAST_NATIVE=required to see the compiler's error")
+# The schemas of its operations are in the other.
+_NO_NVCC = "reinstall where nvcc is on the PATH or below CUDA_HOME"
+_CUDA_STATUS = _load("libnlpfast_cuda.so", _NO_NVCC) if _STATUS == "ok" else _STATUS
 
 
 def status() -> str:
     """Return "ok" if the CPU operations are loaded, else one line with the reason."""
     return _STATUS
+
+
+def cuda_status() -> str:
+    """Return "ok" if the operations of CUDA devices are loaded, else one line with the reason.
+
+    They load on a machine without a device, and with a PyTorch that knows none.
+    """
+    return _CUDA_STATUS
 
 
 def build_info() -> dict[str, str]:

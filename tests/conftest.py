@@ -29,6 +29,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     hasten()
 
+EMULATED = os.environ.get("EMULATED_CUDA")
+if EMULATED:
+    from emulated_cuda import emulate
+
+    emulate(EMULATED)
+
 
 # A shell that starts the tests in the background has them ignore SIGINT, and with them all that they start.
 for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
@@ -46,7 +52,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs a CUDA device where there is none.
 
-    With TRITON_INTERPRET=1 run what concerns the Triton backend alone, as far as the interpreter can bear it.
+    With TRITON_INTERPRET=1 run what concerns the Triton backend alone, as far as the interpreter can bear it;
+    with EMULATED_CUDA what concerns the CUDA backend.
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -54,6 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("cuda") is not None and (interpreted or not torch.cuda.is_available()):
             return False
         values = getattr(getattr(item, "callspec", None), "params", {})
+        if EMULATED:
+            concerns = values.get("backend") == "cuda" or getattr(item.module, "EMULATED", False)
+            return concerns and item.get_closest_marker("long") is None
         concerns = values.get("backend") == "triton" or getattr(item.module, "INTERPRETED", False)
         served = values.get("dtype", torch.float32) in (torch.float32, torch.float64)
         return not interpreted or (concerns and served and item.get_closest_marker("long") is None)

@@ -15,11 +15,19 @@ from nlpfast.ops.seeds import drop_threshold, seed_pair
 
 __all__ = ["add_layer_norm"]
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
+_backends: dict[str, ModuleType | str] = {
+    "cpu": native.status(),
+    "cuda": dispatch.cuda_status(),
+    "triton": dispatch.triton_status(),
+}
 if native.status() == "ok":
     from nlpfast.ops.add_layer_norm import cpu
 
     _backends["cpu"] = cpu
+if dispatch.cuda_status() == "ok":
+    from nlpfast.ops.add_layer_norm import cuda
+
+    _backends["cuda"] = cuda
 if dispatch.triton_status() == "ok":
     from nlpfast.ops.add_layer_norm import triton
 

@@ -15,11 +15,19 @@ from nlpfast.ops.attention import reference
 from nlpfast.ops.second_derivative import refuse_second_derivative
 from nlpfast.ops.seeds import seed_pair
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
+_backends: dict[str, ModuleType | str] = {
+    "cpu": native.status(),
+    "cuda": dispatch.cuda_status(),
+    "triton": dispatch.triton_status(),
+}
 if native.status() == "ok":
     from nlpfast.ops.attention import cpu
 
     _backends["cpu"] = cpu
+if dispatch.cuda_status() == "ok":
+    from nlpfast.ops.attention import cuda
+
+    _backends["cuda"] = cuda
 if dispatch.triton_status() == "ok":
     from nlpfast.ops.attention import triton
 

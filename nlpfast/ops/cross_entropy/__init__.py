@@ -13,11 +13,19 @@ from nlpfast.ops import labels
 from nlpfast.ops.cross_entropy import reference
 from nlpfast.ops.second_derivative import refuse_second_derivative
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
+_backends: dict[str, ModuleType | str] = {
+    "cpu": native.status(),
+    "cuda": dispatch.cuda_status(),
+    "triton": dispatch.triton_status(),
+}
 if native.status() == "ok":
     from nlpfast.ops.cross_entropy import cpu
 
     _backends["cpu"] = cpu
+if dispatch.cuda_status() == "ok":
+    from nlpfast.ops.cross_entropy import cuda
+
+    _backends["cuda"] = cuda
 if dispatch.triton_status() == "ok":
     from nlpfast.ops.cross_entropy import triton
 

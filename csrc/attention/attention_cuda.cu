@@ -1,0 +1,185 @@
+// Attention over few keys on CUDA devices: a block a head, its keys and values in shared memory, whole rows in
+// registers.
+//
+//     O = dropout(softmax(scale * Q K^T + mask)) V,   lse = log sum exp(scale * Q K^T + mask)
+//     dV = Pd^T dO,   dP = dropout(dO V^T),   dS = P (dP - rowsum(P dP) + dlse),   dQ = scale dS K,   dK = scale dS^T Q
+//
+// A block goes from head to head, and the keys and values of the next one are under way while it computes. Each warp
+// has 16 queries at a time, and theirs come while those before are computed: with all keys of a row in registers there
+// is one maximum and one sum, and nothing is computed twice. With a causal mask later queries see more keys: the warps
+// take the tiles of queries in an order that goes back and forth, so that they have as much to do. Products are
+// mma.sync of 16-bit numbers, sums are in float32; there are no atomics.
+//
+// The backward pass is one kernel, which reads neither the output nor anything else of the forward pass: q, k, v and dO
+// in, dQ, dK and dV out. A block has a head of keys, and as many queries at a time as keys. First each warp has 16
+// queries: it computes their rows anew, whole, then dQ, and leaves P and dS in shared memory in 16 bits; then it has 16
+// keys, and adds to dK and dV, which stay in registers until all queries of all heads of the group have come by.
+//
+// Rows lie in shared memory with their 16-byte chunks exchanged (place_of), so that eight rows of a matrix are read
+// from eight different places of its banks.
+//
+// Legend: B sequences, H query heads, L queries, S keys, D head size; i queries, j keys.
+#include "../cuda_launch.h"
+#include "attention_cuda_backward.h"
+#include "attention_cuda_forward.h"
+
+namespace nlpfast::cuda {
+namespace {
+
+void check_rows(const Tensor& x, const char* name, const Tensor& query, int64_t D) {
+  check_on_device(x, name, query);
+  STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), name, " must have the dtype of query");
+  STD_TORCH_CHECK(x.dim() == query.dim() && x.size(x.dim() - 1) == D, name, " must have the head size of query");
+  const int64_t per = 16 / static_cast<int64_t>(x.element_size());
+  bool aligned = x.stride(x.dim() - 1) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) aligned = aligned && (x.size(dim) <= 1 || x.stride(dim) % per == 0);
+  STD_TORCH_CHECK(aligned, "the rows of ", name, " must begin at multiples of 16 bytes");
+}
+
+// Of [B, H, rows, D], or packed [total, H, D].
+Rows rows_of(const Tensor& x) {
+  char* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
+  if (x.dim() == 3) return {data, 0, x.stride(1), x.stride(0)};
+  return {data, x.stride(0), x.stride(1), x.stride(2)};
+}
+
+const int64_t* numbers_of(const std::optional<Tensor>& x, const char* name, const Tensor& query, int64_t n) {
+  if (!x) return nullptr;
+  check_on_device(*x, name, query);
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Long && x->is_contiguous() && x->numel() == n, name, " must be ", n,
+                  " contiguous int64");
+  return static_cast<const int64_t*>(x->const_data_ptr());
+}
+
+struct Sequences {
+  const std::optional<Tensor>&key_lengths, &prefix_lengths, &cu_seq_q, &cu_seq_k, &seed;
+  double dropout_p;
+  int64_t causal;
+  double scale;
+};
+
+Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, const Sequences& options) {
+  const bool packed = options.cu_seq_q.has_value();
+  STD_TORCH_CHECK(query.dim() == (packed ? 3 : 4), "query must be [B, H, L, D], or packed [total, H, D]");
+  STD_TORCH_CHECK(query.scalar_type() == ScalarType::BFloat16 || query.scalar_type() == ScalarType::Half,
+                  "query must be bfloat16 or float16");
+  const int64_t D = query.size(query.dim() - 1);
+  STD_TORCH_CHECK(D == 32 || D == 64, "the head size must be 32 or 64, and is ", D);
+  check_rows(query, "query", query, D), check_rows(key, "key", query, D), check_rows(value, "value", query, D);
+  const int64_t H = query.size(1), Hk = key.size(1);
+  STD_TORCH_CHECK(Hk > 0 && H % Hk == 0 && value.size(1) == Hk, "heads of query must be a multiple of key's");
+  const int64_t B = packed ? options.cu_seq_q->numel() - 1 : query.size(0);
+  STD_TORCH_CHECK(B * H <= 0x7fffffff, "there are too many heads");
+  STD_TORCH_CHECK(options.causal >= 0 && options.causal <= 2, "causal must be 0, 1 or 2");
+  Problem p{};
+  p.q = rows_of(query), p.k = rows_of(key), p.v = rows_of(value);
+  p.H = static_cast<int>(H), p.group = static_cast<int>(H / Hk), p.causal = static_cast<int>(options.causal);
+  p.L = packed ? 0 : static_cast<int>(query.size(2)), p.S = packed ? 0 : static_cast<int>(key.size(2));
+  p.scale = static_cast<float>(options.scale);
+  p.key_lengths = numbers_of(options.key_lengths, "key_lengths", query, B);
+  p.prefix_lengths = numbers_of(options.prefix_lengths, "prefix_lengths", query, B);
+  p.cu_seq_q = numbers_of(options.cu_seq_q, "cu_seq_q", query, B + 1);
+  p.cu_seq_k = numbers_of(options.cu_seq_k, "cu_seq_k", query, B + 1);
+  STD_TORCH_CHECK(!p.cu_seq_q == !p.cu_seq_k, "cu_seq_q and cu_seq_k are given together");
+  if (options.seed) {
+    STD_TORCH_CHECK(options.dropout_p >= 0.0 && options.dropout_p <= 1.0, "dropout_p must be in [0, 1]");
+    p.dropping = {numbers_of(options.seed, "seed", query, 2), static_cast<int>(options.dropout_p * 65536.0 + 0.5),
+                  options.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - options.dropout_p)) : 0.0f};
+  }
+  p.lse_head = query.size(packed ? 0 : 2), p.lse_batch = packed ? 0 : H * p.lse_head;
+  return p;
+}
+
+// Calls f.template operator()<E, D>() for the dtype and the head size.
+template <class F>
+void with_rows(const Tensor& query, F&& f) {
+  const auto with = [&]<class E>() {
+    query.size(query.dim() - 1) == 32 ? f.template operator()<E, 32>() : f.template operator()<E, 64>();
+  };
+  query.scalar_type() == ScalarType::BFloat16 ? with.template operator()<Bfloat16>()
+                                              : with.template operator()<Float16>();
+}
+
+// max_k: keys of a sequence at most. Writes out, and returns lse, [B, H, L] or packed [H, total].
+Tensor cuda_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                              const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& prefix_lengths,
+                              const std::optional<Tensor>& cu_seq_q, const std::optional<Tensor>& cu_seq_k,
+                              int64_t max_k, const std::optional<Tensor>& seed, double dropout_p, int64_t causal,
+                              double scale, const Tensor& out) {
+  using torch::stable::new_empty;
+  Problem p =
+      problem_of(query, key, value, {key_lengths, prefix_lengths, cu_seq_q, cu_seq_k, seed, dropout_p, causal, scale});
+  STD_TORCH_CHECK(max_k <= 256, "there must be at most 256 keys, and there are ", max_k);
+  check_rows(out, "out", query, query.size(query.dim() - 1));
+  p.out = rows_of(out);
+  const int64_t rows = p.lse_head, B = p.cu_seq_q ? cu_seq_q->numel() - 1 : query.size(0);
+  Tensor lse = p.cu_seq_q ? new_empty(query, {p.H, rows}, ScalarType::Float)
+                          : new_empty(query, {B, p.H, rows}, ScalarType::Float);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.heads = static_cast<unsigned>(B * p.H);
+  if (p.heads == 0 || rows == 0) return lse;
+  const OnDevice guard(query);
+  with_rows(query, [&]<class E, int D>() {
+    const auto run = [&]<int KEYS, int WARPS>() {
+      const size_t shared = (4 * KEYS + 2 * WARPS * TILE) * D * sizeof(E);
+      const unsigned most = multiprocessors(query) * static_cast<unsigned>(MAX_SHARED / shared);
+      launch<&forward<E, D, KEYS, WARPS>>({p.heads < most ? p.heads : most}, {WARPS * 32}, shared, p);
+    };
+    if (max_k <= 64) return run.template operator()<64, 4>();
+    if (max_k <= 128) return run.template operator()<128, 4>();
+    run.template operator()<256, 8>();
+  });
+  return lse;
+}
+
+// Writes the gradients of query, key and value.
+void cuda_attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query,
+                             const Tensor& key, const Tensor& value, const std::optional<Tensor>& key_lengths,
+                             const std::optional<Tensor>& prefix_lengths, const std::optional<Tensor>& cu_seq_q,
+                             const std::optional<Tensor>& cu_seq_k, int64_t max_k, const std::optional<Tensor>& seed,
+                             double dropout_p, int64_t causal, double scale, const Tensor& d_query, const Tensor& d_key,
+                             const Tensor& d_value) {
+  Problem p =
+      problem_of(query, key, value, {key_lengths, prefix_lengths, cu_seq_q, cu_seq_k, seed, dropout_p, causal, scale});
+  STD_TORCH_CHECK(max_k <= 128, "there must be at most 128 keys, and there are ", max_k);
+  const int64_t size = query.size(query.dim() - 1);
+  check_rows(grad_out, "grad_out", query, size), check_rows(d_query, "d_query", query, size);
+  check_rows(d_key, "d_key", query, size), check_rows(d_value, "d_value", query, size);
+  p.out = rows_of(grad_out), p.dq = rows_of(d_query), p.dk = rows_of(d_key), p.dv = rows_of(d_value);
+  const int64_t B = p.cu_seq_q ? cu_seq_q->numel() - 1 : query.size(0);
+  if (grad_lse) {
+    check_on_device(*grad_lse, "grad_lse", query);
+    STD_TORCH_CHECK(grad_lse->scalar_type() == ScalarType::Float && grad_lse->is_contiguous(),
+                    "grad_lse must be contiguous float32");
+    p.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
+  }
+  p.heads = static_cast<unsigned>(B * key.size(1));
+  // of packed sequences there may be any number of queries
+  const int64_t most_q = p.cu_seq_q ? query.size(0) : query.size(2);
+  if (p.heads == 0) return;
+  const OnDevice guard(query);
+  with_rows(query, [&]<class E, int D>() {
+    const auto launch_one = [&]<int KEYS, int STAGES, bool ONE>() {
+      const size_t shared = (4 * STAGES * KEYS * D + 2 * KEYS * KEYS) * sizeof(E);
+      const unsigned most = multiprocessors(query) * static_cast<unsigned>(MAX_SHARED / shared);
+      launch<&backward<E, D, KEYS, STAGES, ONE>>({p.heads < most ? p.heads : most}, {KEYS * 2}, shared, p);
+    };
+    const auto run = [&]<int KEYS, int STAGES>() {
+      p.group == 1 && most_q <= KEYS ? launch_one.template operator()<KEYS, STAGES, true>()
+                                     : launch_one.template operator()<KEYS, STAGES, false>();
+    };
+    if (max_k <= 64) return run.template operator()<64, 2>();
+    // two stages of 128 keys of 64 columns are more than sm_80 has
+    if constexpr (D > 32)
+      if (shared_per_block(query) < MAX_SHARED) return run.template operator()<128, 1>();
+    run.template operator()<128, 2>();
+  });
+}
+
+}  // namespace
+}  // namespace nlpfast::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(nlpfast, NLPFAST_CUDA_KEY, m) {
+  m.impl("cuda_attention_forward", TORCH_BOX(&nlpfast::cuda::cuda_attention_forward));
+  m.impl("cuda_attention_backward", TORCH_BOX(&nlpfast::cuda::cuda_attention_backward));
+}

@@ -1,0 +1,190 @@
+// The backward kernel of attention over few keys on CUDA devices (see attention_cuda.cu).
+#pragma once
+
+#include "attention_cuda_tile.h"
+
+namespace nlpfast::cuda {
+namespace {
+
+// Whether dropout leaves a weight: those that it takes have a sign. NaN stays.
+__device__ __forceinline__ bool stays(float weight) { return !(__float_as_uint(weight) >> 31) || weight != weight; }
+
+template <int N>
+__device__ __forceinline__ void clear(float (&x)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[i][e] = 0.0f;
+}
+
+// Where chunk c of query r's weights lies.
+template <int KEYS>
+__device__ __forceinline__ int weight_place(int r, int c) {
+  return r * KEYS + (c ^ r % 8) * 8;
+}
+
+// What a warp does for its 16 queries, those from i0 on of head h: their dQ, and what the keys need of them.
+template <class E, int D, int KEYS, bool TWICE>
+__device__ __forceinline__ void slopes_of_queries(const Problem& p, const Head& head, int h, int i0, const E* q,
+                                                  const E* grad, const E* k, const E* v, E* weights, E* slopes) {
+  constexpr int K_TILES = KEYS / 8;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int most = head.most_of(p, i0), limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
+  float s[K_TILES][4], ds[TWICE ? 2 : K_TILES][4], maximum[2], total[2], shift[2] = {0.0f, 0.0f};
+  multiply_keys<E, D, KEYS>(s, q + warp * TILE * D, k, most);
+  exponentials<KEYS>(s, limits, p.scale * LOG2_E, maximum, total);
+  const float inverse[2] = {total[0] == 0.0f ? 0.0f : 1.0f / total[0], total[1] == 0.0f ? 0.0f : 1.0f / total[1]};
+  const Left<E, D> upstream(grad + warp * TILE * D);
+#pragma unroll
+  for (int j = 0; j < K_TILES; j += 2) {
+    if (j * 8 >= most) continue;
+    const int kept = TWICE ? 0 : j;
+    upstream.multiply_keys(ds[kept], ds[kept + 1], v, j);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[j + half][e] *= inverse[e / 2];
+    // the weight itself is dropped later: its sign remembers that
+    if (p.dropping.threshold)
+      for_dropped(p.dropping, static_cast<unsigned>(head.b * p.H + h), i0, j,
+                  [&](int tile, int e) { s[tile][e] = -s[tile][e]; });
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        shift[e / 2] += stays(s[j + half][e]) ? s[j + half][e] * ds[kept + half][e] * p.dropping.factor : 0.0f;
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    shift[r] += __shfl_xor_sync(ALL_LANES, shift[r], 1);
+    shift[r] += __shfl_xor_sync(ALL_LANES, shift[r], 2);
+    if (p.grad_lse && i0 + g + 8 * r < head.queries)
+      shift[r] -= p.grad_lse[head.b * p.lse_batch + h * p.lse_head + head.q_first + i0 + g + 8 * r];
+  }
+  float dq[D / 8][4] = {};
+#pragma unroll
+  for (int j = 0; j < K_TILES; j += 2) {
+    if (j * 8 >= most) continue;
+    const int kept = TWICE ? 0 : j;
+    if constexpr (TWICE) upstream.multiply_keys(ds[0], ds[1], v, j);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float &weight = s[j + half][e], &slope = ds[kept + half][e];
+        const float factor = stays(weight) ? p.dropping.factor : 0.0f;
+        // 0 times an infinity would be NaN
+        slope = fabsf(weight) * ((factor == 0.0f ? 0.0f : slope * factor) - shift[e / 2]);
+        weight = factor == 0.0f ? 0.0f : weight * factor;
+      }
+    const Weights left = weights_of<E>(s[j], s[j + 1]), right = weights_of<E>(ds[kept], ds[kept + 1]);
+    add_rows<E, D>(dq, right.word, k, j / 2);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int place = weight_place<KEYS>(warp * TILE + g + i % 2 * 8, j + i / 2) + 2 * t;
+      *reinterpret_cast<uint32_t*>(weights + place) = left.word[i];
+      *reinterpret_cast<uint32_t*>(slopes + place) = right.word[i];
+    }
+  }
+  const float scales[2] = {p.scale, p.scale};
+  store_sums<E, D>(dq, scales, head.row<E>(p.dq, h, head.q_first + i0), p.dq.row, head.queries - i0);
+}
+
+// What a warp does for its 16 keys: adds to their gradients what comes from the queries from `begin` on.
+template <class E, int D, int KEYS>
+__device__ __forceinline__ void add_queries(const Problem& p, const Head& head, int begin, const E* q, const E* grad,
+                                            const E* weights, const E* slopes, float (&dk)[D / 8][4],
+                                            float (&dv)[D / 8][4]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int step = 0; step < KEYS / TILE; ++step) {
+    // what no query of these sees was not written
+    if (warp * TILE >= head.most_of(p, begin + step * TILE)) continue;
+    const int place = weight_place<KEYS>(step * TILE + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+    uint32_t a[4];
+    load_transposed(a, weights + place);
+    add_rows<E, D>(dv, a, grad, step);
+    load_transposed(a, slopes + place);
+    add_rows<E, D>(dk, a, q, step);
+  }
+}
+
+// With two stages what comes next is under way meanwhile. ONE: there are no more queries than keys, and as many heads
+// of both, so that nothing is to be kept in registers for the queries after these. Where there is, and keys are many,
+// the products dO V^T are computed twice instead of being kept.
+template <class E, int D, int KEYS, int STAGES, bool ONE>
+__global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1) backward(Problem p) {
+  constexpr bool TWICE = !ONE && KEYS > 64;
+  constexpr int THREADS = KEYS / TILE * 32;
+  E* memory = reinterpret_cast<E*>(shared_memory());
+  const int warp = threadIdx.x / 32;
+  // stages of keys and values, and of queries and the gradients of their outputs; weights, and gradients of scores
+  const auto keys_of = [&](int stage) { return memory + stage % STAGES * 2 * KEYS * D; };
+  const auto rows_of = [&](int stage) { return memory + (STAGES + stage % STAGES) * 2 * KEYS * D; };
+  E* weights = memory + 4 * STAGES * KEYS * D;
+  E* slopes = weights + KEYS * KEYS;
+
+  const auto start_keys = [&](unsigned number, int stage) {
+    if (number < p.heads) {
+      const Head head(p, number, p.H / p.group);
+      const int most = head.most(p);
+      start_rows<E, D, KEYS>(keys_of(stage), head.row<E>(p.k, head.h, head.k_first), p.k.row, most, threadIdx.x,
+                             THREADS);
+      start_rows<E, D, KEYS>(keys_of(stage) + KEYS * D, head.row<E>(p.v, head.h, head.k_first), p.v.row, most,
+                             threadIdx.x, THREADS);
+    }
+    close_copies();
+  };
+
+  int rows_stage = 0, keys_stage = 0;
+  for (unsigned number = blockIdx.x; number < p.heads; number += gridDim.x, ++keys_stage) {
+    const Head head(p, number, p.H / p.group);
+    const int blocks = (head.queries + KEYS - 1) / KEYS, items = blocks * p.group;
+    // queries of a block of a head of the group
+    const auto start_queries = [&](int item, int stage) {
+      if (item < items) {
+        const int h = head.h * p.group + item / blocks, i0 = item % blocks * KEYS;
+        start_rows<E, D, KEYS>(rows_of(stage), head.row<E>(p.q, h, head.q_first + i0), p.q.row, head.queries - i0,
+                               threadIdx.x, THREADS);
+        start_rows<E, D, KEYS>(rows_of(stage) + KEYS * D, head.row<E>(p.out, h, head.q_first + i0), p.out.row,
+                               head.queries - i0, threadIdx.x, THREADS);
+      }
+      close_copies();
+    };
+    if (STAGES == 1 || number == blockIdx.x) start_keys(number, keys_stage);
+    start_queries(0, rows_stage);
+    if (STAGES > 1) start_keys(number + gridDim.x, keys_stage + 1);
+    const E *k = keys_of(keys_stage), *v = k + KEYS * D;
+    float dk[D / 8][4], dv[D / 8][4];
+    clear(dk), clear(dv);
+
+    for (int item = 0; item < items; ++item, ++rows_stage) {
+      const int h = head.h * p.group + item / blocks, begin = item % blocks * KEYS, i0 = begin + warp * TILE;
+      if (STAGES > 1) {
+        start_queries(item + 1, rows_stage + 1);
+        // in flight may be the next queries, and at first the next keys, which were started before
+        item ? wait_for_copies<1>() : wait_for_copies<2>();
+      } else {
+        wait_for_copies<0>();
+      }
+      __syncthreads();
+      const E *q = rows_of(rows_stage), *grad = q + KEYS * D;
+      if (i0 < head.queries) slopes_of_queries<E, D, KEYS, TWICE>(p, head, h, i0, q, grad, k, v, weights, slopes);
+      __syncthreads();
+      if constexpr (ONE) clear(dk), clear(dv);
+      add_queries<E, D, KEYS>(p, head, begin, q, grad, weights, slopes, dk, dv);
+      // the weights, and with one stage the queries too, are written over
+      __syncthreads();
+      if (STAGES == 1) start_queries(item + 1, rows_stage + 1);
+    }
+    const int j0 = warp * TILE;
+    const float scales[2] = {p.scale, p.scale}, ones[2] = {1.0f, 1.0f};
+    store_sums<E, D>(dk, scales, head.row<E>(p.dk, head.h, head.k_first + j0), p.dk.row, head.length - j0);
+    store_sums<E, D>(dv, ones, head.row<E>(p.dv, head.h, head.k_first + j0), p.dv.row, head.length - j0);
+    // no warp reads these keys any more when the ones after the next are started over them
+    wait_for_copies<0>();
+    __syncthreads();
+  }
+}
+
+}  // namespace
+}  // namespace nlpfast::cuda
