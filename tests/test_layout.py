@@ -104,7 +104,8 @@ def test_functions_are_short(path: Path) -> None:
 @pytest.mark.parametrize("path", NATIVE, ids=name_of)
 def test_native_functions_are_short(path: Path) -> None:
     """In formatted code a function is from an unindented line that ends in `{` to an unindented `}`."""
-    limit = MAX_KERNEL if path.stem.endswith(("_simd", "_tile", "_cuda")) else MAX_FUNCTION
+    kernels = path.stem.endswith(("_simd", "_tile")) or "_cuda" in path.stem
+    limit = MAX_KERNEL if kernels else MAX_FUNCTION
     begin = None
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         opens = re.match(r"\S.*\{$", line) and not re.match(r"(inline )?(namespace|extern)\b", line)
