@@ -233,7 +233,7 @@ def _measure_case(
     seconds = SECONDS_PER_STEP["quick" if settings.quick else "full"] * len(steps)
     times = interleave(steps, seconds, getattr(case, "rounds", None))
     rows = _rows(bench, case, settings, rates, times, errors)
-    if hasattr(bench, "memory") and torch.get_num_threads() == 1:
+    if hasattr(bench, "memory") and torch.get_num_threads() == 1 and not settings.quick:
         megabytes = {name: bench.memory(case, name) for name in names}
         for row in rows:
             row["memory_mb"] = {"peer": megabytes[row["peer"]], "ours": megabytes[bench.OURS]}

@@ -58,7 +58,7 @@ dropout the peer's error is taken without it, since its mask cannot be repeated;
 training steps they are shares of the largest value. GEMM share: the rate of ours over that of a large matrix
 product in the same run, in float32 or bfloat16 as the case. Limit: what the ratio would be at a share of
 100 %. Inference of models is forward alone. Memory, peer / ours: what a step takes at most beyond inputs and
-gradients; its goal is a share of the peer's."""
+gradients, of training steps beyond the model; its goal is a share of the peer's."""
 
 CONVERGENCE_HEADINGS = (
     "trained",

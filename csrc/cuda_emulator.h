@@ -75,17 +75,10 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies;  // the groups that are under way, and the one that is not closed yet
 };
 
-// One of the last launches, for tests.
-struct Launched {
-  dim3 grid, block;
-  size_t shared;
-};
-
 struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;
-  std::vector<Launched> launches;
   Barrier barrier;
   unsigned alive = 0;
   size_t shared_bytes = 0;
@@ -221,7 +214,6 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arg
   if (!m.stacks)
     m.stacks = static_cast<char*>(
         mmap(nullptr, STACK * MAX_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  m.launches.push_back({grid, block, shared});
   m.shared_bytes = shared;
   m.kernel = [=] { kernel(arguments...); };
   blockDim = block, gridDim = grid;
