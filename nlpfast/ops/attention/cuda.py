@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nlpfast.ops.additions import PairGradients
 from nlpfast.ops.attention.reference import check_lengths
+from nlpfast.ops.vectors import on_vectors
 
 SERVES = (
     "CUDA devices; bfloat16 and float16, D and Dv both 32 or 64, up to 128 keys, no attn_mask, any strides"
@@ -125,11 +126,8 @@ def _like(x: Tensor) -> Tensor:
 
 def _lying(x: Tensor) -> Tensor:
     """Return rows that begin at multiples of 16 bytes, a copy if these do not."""
-    per = 16 // x.element_size()
-    strides = (s for s, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
-    somewhere = torch.compiler.is_compiling()
-    aligned = (somewhere or x.data_ptr() % 16 == 0) and all(stride % per == 0 for stride in strides)
-    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
+    vec = 16 // x.element_size()
+    return x if on_vectors(x, vec) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _register_fakes() -> None:

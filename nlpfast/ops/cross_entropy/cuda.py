@@ -6,6 +6,8 @@ Nothing here waits for the device, and what a launch does depends on no value th
 import torch
 from torch import Tensor
 
+from nlpfast.ops.vectors import on_vectors
+
 SERVES = "CUDA devices; float32, bfloat16 and float16, up to 2^30 classes, any strides"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CLASSES = 1 << 30
@@ -93,15 +95,9 @@ def _as_a_copy_lies(input: Tensor) -> Tensor:
     The kernels add up a row in an order that depends on how they read it. As it is, that is the number of
     classes alone.
     """
-    per = 16 // input.element_size()
-    vectors = input.shape[-1] % per == 0
-    strides = (s for s, size in zip(input.stride()[:2], input.shape[:2], strict=True) if size > 1)
-    # compiled code does not know where tensors are going to lie; kernels serve them wherever that is
-    somewhere = torch.compiler.is_compiling()
-    aligned = (somewhere or input.data_ptr() % 16 == 0) and all(stride % per == 0 for stride in strides)
-    if _side_by_side(input) and (aligned or not vectors):
-        return input
-    return input.clone(memory_format=torch.contiguous_format)
+    vec = 16 // input.element_size()
+    vec = vec if input.shape[-1] % vec == 0 else 1
+    return input if on_vectors(input, vec) else input.clone(memory_format=torch.contiguous_format)
 
 
 def _register_fakes() -> None:

@@ -19,6 +19,7 @@ from nlpfast.ops.cross_entropy import triton_configs
 from nlpfast.ops.cross_entropy.triton_backward import _bwd_kernel
 from nlpfast.ops.cross_entropy.triton_forward import _fwd_blocks_kernel, _fwd_whole_kernel
 from nlpfast.ops.launch import MAX_REMEMBERED, Launch, on_device_of
+from nlpfast.ops.vectors import on_vectors
 
 _remembered: dict[tuple[Any, ...], Launch] = {}
 
@@ -122,7 +123,7 @@ def _backward(
     strides = (*grad_loss.stride(), *input.stride(), *gradient.stride())
     options = (ignore_index, pad_index, on_target, on_other)
     vec = _vec(input.shape[-1], input.dtype)
-    vec = vec if _on_vectors(input, vec) and _on_vectors(gradient, vec) else 1
+    vec = vec if on_vectors(input, vec) and on_vectors(gradient, vec) else 1
     what = (input.shape, strides, input.dtype, input.device, grad_scale is None, rescale, vec, options)
     launch = _remembered.get(what)
     if launch is None:
@@ -162,14 +163,6 @@ def _vec(V: int, dtype: torch.dtype) -> int:
     return vec if V % vec == 0 else 1
 
 
-def _on_vectors(x: Tensor, vec: int) -> bool:
-    """Return whether the classes lie side by side, and all rows begin at a multiple of so many numbers."""
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
-        return False
-    strides = (stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1)
-    return x.data_ptr() % (vec * x.element_size()) == 0 and all(stride % vec == 0 for stride in strides)
-
-
 def _as_a_copy_lies(input: Tensor) -> Tensor:
     """Return the logits, or a copy where their rows begin at worse places than those of a copy would.
 
@@ -177,7 +170,7 @@ def _as_a_copy_lies(input: Tensor) -> Tensor:
     classes alone.
     """
     vec = _vec(input.shape[-1], input.dtype)
-    return input if _on_vectors(input, vec) else input.clone(memory_format=torch.contiguous_format)
+    return input if on_vectors(input, vec) else input.clone(memory_format=torch.contiguous_format)
 
 
 def _new_losses(rows: Tensor) -> Losses:
