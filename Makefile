@@ -51,7 +51,7 @@ test-cuda: $(INSTALLED)
 	$(BIN)/cmake --build build/emulated --target nlpfast_cuda_emulated
 	EMULATED_CUDA=$(CURDIR)/build/emulated/libnlpfast_cuda_emulated.so OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest tests/ops/test_cross_entropy.py tests/ops/test_add_layer_norm.py \
-		tests/ops/test_cuda_attention.py
+		tests/ops/test_alignment_loss.py tests/ops/test_cuda_*.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -141,15 +141,14 @@ struct Piece {
   static constexpr int WORDS = PER == 1 ? 1 : 4;
   uint32_t word[WORDS];
 
+  __device__ __forceinline__ void take(uint4 v) { word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w; }
   __device__ __forceinline__ void load(const E* p) {
-    if constexpr (PER > 1) {
-      const uint4 v = load_once(reinterpret_cast<const uint4*>(p));
-      word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
-    } else if constexpr (sizeof(E) == 4) {
+    if constexpr (PER > 1)
+      take(load_once(reinterpret_cast<const uint4*>(p)));
+    else if constexpr (sizeof(E) == 4)
       word[0] = __float_as_uint(*p);
-    } else {
+    else
       word[0] = p->bits;
-    }
   }
 
   __device__ __forceinline__ void store(E* p) const {

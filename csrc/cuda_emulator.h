@@ -27,6 +27,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -252,5 +253,25 @@ T __shfl_sync(unsigned mask, T value, unsigned source) {
   return nlpfast::cuda::emulator::exchange(mask, value, [=](auto of) { return of(source); });
 }
 
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  return nlpfast::cuda::emulator::exchange<bool, unsigned>(mask, value, [=](auto of) {
+    unsigned found = 0;
+    for (unsigned lane = 0; lane < nlpfast::cuda::emulator::WARP; ++lane)
+      if (mask >> lane & 1 && of(lane)) found |= 1u << lane;
+    return found;
+  });
+}
+
+// The lanes that have the same value.
+inline unsigned __match_any_sync(unsigned mask, int value) {
+  return nlpfast::cuda::emulator::exchange<int, unsigned>(mask, value, [=](auto of) {
+    unsigned found = 0;
+    for (unsigned lane = 0; lane < nlpfast::cuda::emulator::WARP; ++lane)
+      if (mask >> lane & 1 && of(lane) == value) found |= 1u << lane;
+    return found;
+  });
+}
+
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }

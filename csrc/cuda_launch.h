@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <tuple>
+#include <vector>
 
 #include "cuda_device.h"
 #include "stable.h"
@@ -28,6 +29,14 @@ inline void check_on_device(const Tensor& x, const char* name, const Tensor& inp
   STD_TORCH_CHECK(input.is_cuda() && x.is_cuda() && x.get_device_index() == input.get_device_index(), name,
                   " must be on the CUDA device of input");
 #endif
+}
+
+// Whether the rows of a tensor lie side by side and each begins at a multiple of 16 bytes.
+inline bool rows_on_vectors(const Tensor& x) {
+  const int64_t last = x.dim() - 1, per = 16 / static_cast<int64_t>(x.element_size());
+  bool aligned = x.stride(last) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim < last; ++dim) aligned = aligned && (x.size(dim) <= 1 || x.stride(dim) % per == 0);
+  return aligned;
 }
 
 #ifdef NLPFAST_EMULATE_CUDA

@@ -96,11 +96,30 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nlpfast, m) {
       "cuda_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? prefix_lengths, "
       "Tensor? cu_seq_q, Tensor? cu_seq_k, int max_k, Tensor? seed, float dropout_p, int causal, float scale, "
       "Tensor(a!) out) -> Tensor");
-  // Writes the gradients; nothing of the forward pass is needed but its inputs. grad_lse: as lse, contiguous.
+  // Writes the gradients; nothing of the forward pass is needed but its inputs. grad_lse: as lse, contiguous. slopes:
+  // gradients [P, n] of scale * query . key in `heads` at pairs, which are by_query and query_begin of
+  // cuda_group_pairs.
   m.def(
       "cuda_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor? key_lengths, Tensor? prefix_lengths, Tensor? cu_seq_q, Tensor? cu_seq_k, int max_k, Tensor? seed, "
-      "float dropout_p, int causal, float scale, Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value) -> ()");
+      "float dropout_p, int causal, float scale, Tensor? slopes, Tensor? pairs, Tensor? by_query, Tensor? query_begin, "
+      "int[] heads, Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value) -> ()");
+  // pairs: contiguous; lse, coefficients: contiguous float32. A pair outside of batch, queries or keys has NaN.
+  m.def(
+      "cuda_alignment_loss_forward(Tensor query, Tensor key, Tensor lse, Tensor pairs, int[] heads, float scale) -> "
+      "Tensor");
+  // Pairs by query and by key, int32: those of row r of all are by_query[query_begin[r]] to before
+  // by_query[query_begin[r + 1]], in the order in which they are given. Returns by_query, query_begin, by_key,
+  // key_begin.
+  m.def("cuda_group_pairs(Tensor pairs, int B, int L, int S) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_alignment_loss_backward(Tensor coefficients, Tensor query, Tensor key, Tensor pairs, Tensor by_query, "
+      "Tensor query_begin, Tensor by_key, Tensor key_begin, int[] heads, float scale, Tensor(a!)? d_query, "
+      "Tensor(b!)? d_key, Tensor(c!)? d_lse) -> ()");
+  // The most probable key of each query, int64 [B, L].
+  m.def(
+      "cuda_hard_alignment(Tensor query, Tensor key, Tensor lse, Tensor? source_lengths, int[] heads, float scale) -> "
+      "Tensor");
   m.def(
       "cuda_add_layer_norm_forward(Tensor part, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, "
       "int threshold, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)");

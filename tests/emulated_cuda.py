@@ -6,7 +6,7 @@ import torch
 
 from nlpfast import dispatch
 
-OPS = ("add_layer_norm", "attention", "cross_entropy")
+OPS = ("add_layer_norm", "alignment_loss", "attention", "cross_entropy")
 
 
 def emulate(library: str) -> None:

@@ -158,4 +158,8 @@ def test_eager_training_and_ours_are_one_training(
     ours, eager = models[-2].state_dict(), models[-1].state_dict()
     assert models[-2] is not models[-1]
     for name, weight in ours.items():
-        torch.testing.assert_close(weight, eager[name], rtol=1e-3, atol=1e-4, msg=name)
+        # the softmax takes no notice of a key's bias: its gradient is rounding alone, which Adam makes large
+        whole = torch.ones(len(weight), dtype=torch.bool)
+        if name.endswith(("in_proj.bias", "key_value_proj.bias")):
+            whole.view(-1, 32)[-2] = False
+        torch.testing.assert_close(weight[whole], eager[name][whole], rtol=1e-3, atol=1e-4, msg=name)

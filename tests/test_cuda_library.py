@@ -27,17 +27,28 @@ OPERATIONS = (
     *("cuda_cross_entropy_forward", "cuda_cross_entropy_backward", "cuda_attention_forward"),
     "cuda_attention_backward",
     *("cuda_add_layer_norm_forward", "cuda_add_layer_norm_backward"),
+    *(
+        "cuda_alignment_loss_forward",
+        "cuda_alignment_loss_backward",
+        "cuda_group_pairs",
+        "cuda_hard_alignment",
+    ),
 )
 
 # Registers of a thread, at most, by the source, the kernel and what it is compiled for. Of cross entropy, 64
 # leave two blocks of 512 threads, or one of 1,024, on a multiprocessor, and 32 all of its 2,048 threads; of
-# attention forward, 128 leave four blocks and 168 three where there are at most 64 or 128 keys.
+# attention forward, 128 leave four blocks and 168 three where there are at most 64 or 128 keys; of attention
+# at pairs, 80 leave six blocks.
 REGISTERS: dict[tuple[str | int, ...], int] = {
     ("cross_entropy", "whole_row"): 64,
     ("cross_entropy", "long_row"): 64,
     ("cross_entropy", "gradient_row"): 32,
     ("add_layer_norm", "forward"): 128,
     ("add_layer_norm", "backward"): 128,
+    ("alignment_loss", "forward"): 80,
+    ("alignment_loss", "backward"): 80,
+    ("alignment_loss", "largest"): 80,
+    ("alignment_loss", "group_pairs"): 32,
     ("attention", "forward", 64): 128,
     ("attention", "forward", 128): 168,
     ("attention", "forward", 256): 255,
@@ -51,8 +62,12 @@ KERNELS = {
     ("cross_entropy", "gradient_row"): 3 * 2,
     ("add_layer_norm", "forward"): 7 * 2,
     ("add_layer_norm", "backward"): 7 * 2,
+    ("alignment_loss", "forward"): 3 * 2,
+    ("alignment_loss", "backward"): 3 * 2,
+    ("alignment_loss", "largest"): 3 * 2,
+    ("alignment_loss", "group_pairs"): 1,
     ("attention", "forward"): 2 * 2 * 3,
-    ("attention", "backward"): 2 * 2 * (2 + 3),
+    ("attention", "backward"): 2 * 2 * (2 + 3 + 1),
 }
 
 
@@ -76,7 +91,15 @@ class Kernel(NamedTuple):
         """Whether it reads 16 bytes at once."""
         if self.source == "cross_entropy":
             return self.numbers[0] > 1
-        return self.source == "attention" or bool(self.numbers[-1])
+        return self.source == "attention" or bool(self.numbers and self.numbers[-1])
+
+    @property
+    def accesses(self) -> tuple[str, ...]:
+        """The instructions with which it moves vectors, if it does."""
+        if self.source == "attention":
+            return "LDGSTS", "STG"
+        # of attention at pairs numbers and places are written, but for the gradients
+        return ("LDG",) if self.source == "alignment_loss" and self.name != "backward" else ("LDG", "STG")
 
     @property
     def registers(self) -> int:
@@ -97,9 +120,9 @@ def dumped(*options: str) -> str:
 
 def kernel_of(arch: str, mangled: str) -> Kernel:
     """What a mangled name says."""
-    found = re.search(r"_\d+_([a-z_]+)_cuda_cu_.*?\d([a-z_]+)I(.+)EvNS", mangled)
+    found = re.search(r"_\d+_([a-z_]+)_cuda_cu_.*?\d([a-z_]+)(?:I(.+)Ev|E)NS", mangled)
     assert found is not None, mangled
-    numbers = re.findall(r"L[ib](\d+)E", found[3])
+    numbers = re.findall(r"L[ib](\d+)E", found[3] or "")
     return Kernel(arch, found[1], found[2], tuple(map(int, numbers)))
 
 
@@ -165,8 +188,7 @@ def test_instructions(arch: str) -> None:
         counted[kernel.source, kernel.name] += 1
         names = set(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", part, re.MULTILINE))
         assert names and not [name for name in names if name.startswith(("ATOM", "RED."))], kernel
-        kinds = ("LDGSTS", "STG") if kernel.source == "attention" else ("LDG", "STG")
-        for kind in kinds:
+        for kind in kernel.accesses:
             wide = [name for name in names if name.startswith(f"{kind}.") and "128" in name]
             assert bool(wide) == kernel.vectors, (kernel, kind, names)
         if kernel.source == "attention":

@@ -13,7 +13,9 @@
 // The backward pass is one kernel, which reads neither the output nor anything else of the forward pass: q, k, v and dO
 // in, dQ, dK and dV out. A block has a head of keys, and as many queries at a time as keys. First each warp has 16
 // queries: it computes their rows anew, whole, then dQ, and leaves P and dS in shared memory in 16 bits; then it has 16
-// keys, and adds to dK and dV, which stay in registers until all queries of all heads of the group have come by.
+// keys, and adds to dK and dV, which stay in registers until all queries of all heads of the group have come by. Where
+// an alignment loss supervises single pairs of query and key, in sentences of up to 64 tokens, their gradients are
+// added to dS on the way: each warp lays them out as a table of its rows.
 //
 // Rows lie in shared memory with their 16-byte chunks exchanged (place_of), so that eight rows of a matrix are read
 // from eight different places of its banks.
@@ -30,10 +32,7 @@ void check_rows(const Tensor& x, const char* name, const Tensor& query, int64_t 
   check_on_device(x, name, query);
   STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), name, " must have the dtype of query");
   STD_TORCH_CHECK(x.dim() == query.dim() && x.size(x.dim() - 1) == D, name, " must have the head size of query");
-  const int64_t per = 16 / static_cast<int64_t>(x.element_size());
-  bool aligned = x.stride(x.dim() - 1) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) aligned = aligned && (x.size(dim) <= 1 || x.stride(dim) % per == 0);
-  STD_TORCH_CHECK(aligned, "the rows of ", name, " must begin at multiples of 16 bytes");
+  STD_TORCH_CHECK(rows_on_vectors(x), "the rows of ", name, " must begin at multiples of 16 bytes");
 }
 
 // Of [B, H, rows, D], or packed [total, H, D].
@@ -132,13 +131,47 @@ Tensor cuda_attention_forward(const Tensor& query, const Tensor& key, const Tens
   return lse;
 }
 
+// Where slopes are added to those of attention there is a head of keys for each of queries, and at most so many rows.
+constexpr int ROWS_WITH_PAIRS = 64;
+
+PairSlopes pairs_of(const Tensor& query, const std::optional<Tensor>& slopes, const std::optional<Tensor>& pairs,
+                    const std::optional<Tensor>& order, const std::optional<Tensor>& begin,
+                    const std::vector<int64_t>& heads, const Problem& p, int64_t max_k) {
+  PairSlopes added{};
+  if (!slopes) return added;
+  STD_TORCH_CHECK(pairs && order && begin, "pairs, by_query and query_begin are given together with slopes");
+  STD_TORCH_CHECK(p.group == 1 && query.dim() == 4 && p.L <= ROWS_WITH_PAIRS && max_k <= ROWS_WITH_PAIRS &&
+                      heads.size() <= PairSlopes::MAX_HEADS,
+                  "slopes are added for up to ", ROWS_WITH_PAIRS, " queries and keys and ", PairSlopes::MAX_HEADS,
+                  " heads, each with keys of its own");
+  const int64_t P = pairs->size(0), n = static_cast<int64_t>(heads.size());
+  for (const Tensor* x : {&*slopes, &*pairs, &*order, &*begin}) {
+    check_on_device(*x, "pairs", query);
+    STD_TORCH_CHECK(x->is_contiguous(), "what is given of pairs must be contiguous");
+  }
+  STD_TORCH_CHECK(slopes->scalar_type() == ScalarType::Float && slopes->numel() == P * n &&
+                      pairs->scalar_type() == ScalarType::Long && pairs->numel() == 3 * P &&
+                      order->scalar_type() == ScalarType::Int && order->numel() == P &&
+                      begin->scalar_type() == ScalarType::Int && begin->numel() == query.size(0) * p.L + 1,
+                  "slopes must be float32 [P, n], pairs int64 [P, 3], by_query and query_begin as of cuda_group_pairs");
+  added.slopes = static_cast<const float*>(slopes->const_data_ptr());
+  added.pairs = static_cast<const int64_t*>(pairs->const_data_ptr());
+  added.order = static_cast<const int*>(order->const_data_ptr());
+  added.begin = static_cast<const int*>(begin->const_data_ptr());
+  added.n = static_cast<int>(n);
+  for (int64_t i = 0; i < n; ++i) added.heads[i] = static_cast<uint16_t>(heads[i]);
+  return added;
+}
+
 // Writes the gradients of query, key and value.
 void cuda_attention_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query,
                              const Tensor& key, const Tensor& value, const std::optional<Tensor>& key_lengths,
                              const std::optional<Tensor>& prefix_lengths, const std::optional<Tensor>& cu_seq_q,
                              const std::optional<Tensor>& cu_seq_k, int64_t max_k, const std::optional<Tensor>& seed,
-                             double dropout_p, int64_t causal, double scale, const Tensor& d_query, const Tensor& d_key,
-                             const Tensor& d_value) {
+                             double dropout_p, int64_t causal, double scale, const std::optional<Tensor>& slopes,
+                             const std::optional<Tensor>& pairs, const std::optional<Tensor>& by_query,
+                             const std::optional<Tensor>& query_begin, std::vector<int64_t> heads,
+                             const Tensor& d_query, const Tensor& d_key, const Tensor& d_value) {
   Problem p =
       problem_of(query, key, value, {key_lengths, prefix_lengths, cu_seq_q, cu_seq_k, seed, dropout_p, causal, scale});
   STD_TORCH_CHECK(max_k <= 128, "there must be at most 128 keys, and there are ", max_k);
@@ -153,17 +186,21 @@ void cuda_attention_backward(const Tensor& grad_out, const std::optional<Tensor>
                     "grad_lse must be contiguous float32");
     p.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
   }
+  const PairSlopes added = pairs_of(query, slopes, pairs, by_query, query_begin, heads, p, max_k);
   p.heads = static_cast<unsigned>(B * key.size(1));
   // of packed sequences there may be any number of queries
   const int64_t most_q = p.cu_seq_q ? query.size(0) : query.size(2);
   if (p.heads == 0) return;
   const OnDevice guard(query);
   with_rows(query, [&]<class E, int D>() {
-    const auto launch_one = [&]<int KEYS, int STAGES, bool ONE>() {
-      const size_t shared = (4 * STAGES * KEYS * D + 2 * KEYS * KEYS) * sizeof(E);
+    const auto launch_one = [&]<int KEYS, int STAGES, bool ONE, bool PAIRS = false>() {
+      const size_t table = PAIRS ? KEYS * SLOPES<KEYS> * sizeof(float) : 0;
+      const size_t shared = (4 * STAGES * KEYS * D + 2 * KEYS * KEYS) * sizeof(E) + table;
       const unsigned most = multiprocessors(query) * static_cast<unsigned>(MAX_SHARED / shared);
-      launch<&backward<E, D, KEYS, STAGES, ONE>>({p.heads < most ? p.heads : most}, {KEYS * 2}, shared, p);
+      launch<&backward<E, D, KEYS, STAGES, ONE, PAIRS>>({p.heads < most ? p.heads : most}, {KEYS * 2}, shared, p,
+                                                        added);
     };
+    if (added.n > 0) return launch_one.template operator()<ROWS_WITH_PAIRS, 2, true, true>();
     const auto run = [&]<int KEYS, int STAGES>() {
       p.group == 1 && most_q <= KEYS ? launch_one.template operator()<KEYS, STAGES, true>()
                                      : launch_one.template operator()<KEYS, STAGES, false>();

@@ -23,10 +23,47 @@ __device__ __forceinline__ int weight_place(int r, int c) {
   return r * KEYS + (c ^ r % 8) * 8;
 }
 
-// What a warp does for its 16 queries, those from i0 on of head h: their dQ, and what the keys need of them.
-template <class E, int D, int KEYS, bool TWICE>
+// Gradients of scores at pairs of query and key, from elsewhere, of some heads.
+struct PairSlopes {
+  static constexpr int MAX_HEADS = 32;
+  const float* slopes;       // [P, n]
+  const int64_t* pairs;      // [P, 3]: sequence, query, key
+  const int *order, *begin;  // the pairs of row r of all queries are order[begin[r]] to before order[begin[r + 1]]
+  int n;
+  uint16_t heads[MAX_HEADS];
+};
+
+// A row of a table of slopes in shared memory; eight rows begin in different banks.
+template <int KEYS>
+constexpr int SLOPES = KEYS + 8;
+
+// What a warp does before it adds them to its queries, those from i0 on of head h: a table of them, zeros elsewhere.
+template <int KEYS>
+__device__ __forceinline__ void lay_out(const PairSlopes& added, const Problem& p, const Head& head, int h, int i0,
+                                        float* table) {
+  const int lane = threadIdx.x % 32, i = i0 + lane;
+  int number = 0;
+  while (number < added.n && added.heads[number] != h) ++number;
+  // the head before is done with the table
+  __syncwarp();
+  for (int n = lane; n < TILE * SLOPES<KEYS>; n += 32) table[n] = 0.0f;
+  __syncwarp();
+  if (number < added.n && lane < TILE && i < head.queries) {
+    const int64_t row = static_cast<int64_t>(head.b) * p.L + i;
+    for (int o = added.begin[row]; o < added.begin[row + 1]; ++o) {
+      const int64_t pair = added.order[o];
+      table[lane * SLOPES<KEYS> + added.pairs[3 * pair + 2]] += added.slopes[pair * added.n + number];
+    }
+  }
+  __syncwarp();
+}
+
+// What a warp does for its 16 queries, those from i0 on of head h: their dQ, and what the keys need of them. `added` is
+// a table of slopes to be added, where PAIRS is true.
+template <class E, int D, int KEYS, bool TWICE, bool PAIRS>
 __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Head& head, int h, int i0, const E* q,
-                                                  const E* grad, const E* k, const E* v, E* weights, E* slopes) {
+                                                  const E* grad, const E* k, const E* v, E* weights, E* slopes,
+                                                  const float* added) {
   constexpr int K_TILES = KEYS / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int most = head.most_of(p, i0), limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
@@ -75,6 +112,7 @@ __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Head& 
         const float factor = stays(weight) ? p.dropping.factor : 0.0f;
         // 0 times an infinity would be NaN
         slope = fabsf(weight) * ((factor == 0.0f ? 0.0f : slope * factor) - shift[e / 2]);
+        if constexpr (PAIRS) slope += added[(g + e / 2 * 8) * SLOPES<KEYS> + (j + half) * 8 + 2 * t + e % 2];
         weight = factor == 0.0f ? 0.0f : weight * factor;
       }
     const Weights left = weights_of<E>(s[j], s[j + 1]), right = weights_of<E>(ds[kept], ds[kept + 1]);
@@ -108,11 +146,12 @@ __device__ __forceinline__ void add_queries(const Problem& p, const Head& head, 
   }
 }
 
-// With two stages what comes next is under way meanwhile. ONE: there are no more queries than keys, and as many heads
-// of both, so that nothing is to be kept in registers for the queries after these. Where there is, and keys are many,
-// the products dO V^T are computed twice instead of being kept.
-template <class E, int D, int KEYS, int STAGES, bool ONE>
-__global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1) backward(Problem p) {
+// With two stages what comes next is under way meanwhile. PAIRS: there are slopes to be added. ONE: there are no more
+// queries than keys, and as many heads of both, so that nothing is to be kept in registers for the queries after these.
+// Where there is, and keys are many, the products dO V^T are computed twice instead of being kept.
+template <class E, int D, int KEYS, int STAGES, bool ONE, bool PAIRS>
+__global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
+    backward(Problem p, const __grid_constant__ PairSlopes added) {
   constexpr bool TWICE = !ONE && KEYS > 64;
   constexpr int THREADS = KEYS / TILE * 32;
   E* memory = reinterpret_cast<E*>(shared_memory());
@@ -122,6 +161,7 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1) backward(Problem
   const auto rows_of = [&](int stage) { return memory + (STAGES + stage % STAGES) * 2 * KEYS * D; };
   E* weights = memory + 4 * STAGES * KEYS * D;
   E* slopes = weights + KEYS * KEYS;
+  float* table = reinterpret_cast<float*>(slopes + KEYS * KEYS) + warp * TILE * SLOPES<KEYS>;
 
   const auto start_keys = [&](unsigned number, int stage) {
     if (number < p.heads) {
@@ -168,7 +208,9 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1) backward(Problem
       }
       __syncthreads();
       const E *q = rows_of(rows_stage), *grad = q + KEYS * D;
-      if (i0 < head.queries) slopes_of_queries<E, D, KEYS, TWICE>(p, head, h, i0, q, grad, k, v, weights, slopes);
+      if constexpr (PAIRS) lay_out<KEYS>(added, p, head, h, i0, table);
+      if (i0 < head.queries)
+        slopes_of_queries<E, D, KEYS, TWICE, PAIRS>(p, head, h, i0, q, grad, k, v, weights, slopes, table);
       __syncthreads();
       if constexpr (ONE) clear(dk), clear(dv);
       add_queries<E, D, KEYS>(p, head, begin, q, grad, weights, slopes, dk, dv);

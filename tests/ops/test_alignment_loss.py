@@ -171,27 +171,46 @@ def test_reductions(backend, reduction) -> None:
     torch.testing.assert_close(probabilities, p)
 
 
+def needs_finder(backend: str, dtype: torch.dtype) -> None:
+    """Skip where a backend does not look for the most probable keys of this dtype."""
+    if not hasattr(dispatch.registry[OP][backend], "hard_alignment"):
+        pytest.skip("this backend has no hard_alignment")
+    if backend == "cuda" and dtype == torch.float64:
+        pytest.skip("the CUDA kernels compute in float32")
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("Hk", [4, 2])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_hard_alignment(monkeypatch, heads, Hk, dtype) -> None:
-    monkeypatch.setattr("nlpfast.ops.alignment_loss.KEYS", 4)
+def test_hard_alignment(monkeypatch, heads, Hk, dtype, backend) -> None:
+    needs_finder(backend, dtype)
+    monkeypatch.setattr("nlpfast.ops.alignment_loss.reference.KEYS", 4)
     q, k, v = make_inputs(3, 4, 7, 11, 5, Hk=Hk, dtype=dtype)
     lengths = torch.tensor([11, 0, 6])
     _, lse = attention(q, k, v, enable_gqa=True, return_lse=True)
     wide = k.double().repeat_interleave(4 // Hk, 1)
     p = (q.double() @ wide.mT / 5**0.5).softmax(-1)[:, numbers(heads, 4)].mean(1)
-    assert torch.equal(hard_alignment(q, k, lse, heads=heads), p.argmax(-1))
+    assert torch.equal(hard_alignment(q, k, lse, heads=heads, backend=backend), p.argmax(-1))
     hidden = torch.arange(11) >= lengths[:, None, None]
-    found = hard_alignment(q, k, lse, heads=heads, source_lengths=lengths)
+    found = hard_alignment(q, k, lse, heads=heads, source_lengths=lengths, backend=backend)
     assert (found[1] == -1).all()
     assert torch.equal(found[::2], p.masked_fill(hidden, -1.0).argmax(-1)[::2])
 
 
-def test_hard_alignment_takes_the_first_of_equals() -> None:
-    q, k = torch.ones(1, 1, 2, 3), torch.ones(1, 1, 600, 3)
+def test_hard_alignment_takes_the_first_of_equals(backend) -> None:
+    needs_finder(backend, torch.float32)
+    q, k = torch.ones(1, 1, 5, 3), torch.ones(1, 1, 600, 3)
+    # one that is looked at before, and one after
+    k[:, :, [40, 69]] *= 2
     _, lse = attention(q, k, k, return_lse=True)
-    assert hard_alignment(q, k, lse).tolist() == [[0, 0]]
+    assert hard_alignment(q, k, lse, backend=backend).tolist() == [[40] * 5]
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+def test_hard_alignment_runs_where_it_is_asked_to_or_not_at_all(name) -> None:
+    q = torch.ones(1, 1, 2, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=f"backend='{name}'"):
+        hard_alignment(q, q, torch.zeros(1, 1, 2, dtype=torch.float64), backend=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ LENGTHS = (0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 127, 129, 257)
 HEAD_SIZES = (1, 2, 3, 7, 8, 16, 17, 32, 33, 63, 64, 65, 80, 96, 127, 128, 129, 255, 256)
 NAMES = ("out", "lse", "dq", "dk", "dv", "dmask")
 CAUSAL = ("none", "top_left", "bottom_right")
+MULTIPLIED_BY_NUMPY = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def causal_arguments(causal: str) -> dict:
@@ -105,8 +107,9 @@ def hold(actual: list[Tensor], tensors: tuple, upstream: tuple, causal: str, **k
         size = sizes[name].sum_to_size(r.shape)
         if name == "lse":
             a, e, r, size = (x.unsqueeze(-1) for x in (a, e, r, size))
-        # In float64 the yardstick itself has errors of that size.
-        ulps = 8.0 if tensors[0].dtype == torch.float64 else 2.0
+        # In float64 the yardstick itself has errors of that size. Triton's interpreter multiplies by NumPy,
+        # which adds up in another order on each machine.
+        ulps = 8.0 if tensors[0].dtype == torch.float64 else 3.0 if MULTIPLIED_BY_NUMPY else 2.0
         assert_no_worse(name, a, e, r, factor=1.5 if name.startswith("d") else 1.0, ulps=ulps, size=size)
 
 

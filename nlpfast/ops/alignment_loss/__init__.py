@@ -16,7 +16,11 @@ from nlpfast.ops.alignment_loss import reference
 from nlpfast.ops.attention import autocast
 from nlpfast.ops.second_derivative import refuse_second_derivative
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
+_backends: dict[str, ModuleType | str] = {
+    "cpu": native.status(),
+    "triton": dispatch.triton_status(),
+    "cuda": dispatch.cuda_status(),
+}
 if native.status() == "ok":
     from nlpfast.ops.alignment_loss import cpu
 
@@ -25,6 +29,10 @@ if dispatch.triton_status() == "ok":
     from nlpfast.ops.alignment_loss import triton
 
     _backends["triton"] = triton
+if dispatch.cuda_status() == "ok":
+    from nlpfast.ops.alignment_loss import cuda
+
+    _backends["cuda"] = cuda
 dispatch.registry["alignment_loss"] = {**_backends, "reference": reference}
 
 NO_SECOND = (
@@ -32,8 +40,6 @@ NO_SECOND = (
 )
 REDUCTIONS = ("none", "sum", "mean")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Keys that hard_alignment looks at together.
-KEYS = 256
 
 
 def alignment_loss(
@@ -136,10 +142,11 @@ def hard_alignment(
     heads: int | Sequence[int] | None = None,
     source_lengths: Tensor | None = None,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Return the key of each query with the largest mean probability over heads, the first of equals.
 
-    Keys go by in blocks under a running maximum: no more than a block of probabilities is there at a time.
+    Keys go by under a running maximum: no more than a block of probabilities is there at a time.
 
     Args:
         query: see ``alignment_loss``.
@@ -148,6 +155,7 @@ def hard_alignment(
         heads: see ``alignment_loss``.
         source_lengths: int64 [B]: keys from there on are not looked at; None for all.
         scale: see ``alignment_loss``.
+        backend: "cuda" or "reference"; None for the latter.
 
     Returns:
         int64 [B, L]; -1 where there are no keys.
@@ -155,25 +163,16 @@ def hard_alignment(
     Raises:
         ValueError: see ``alignment_loss``.
         TypeError: see ``alignment_loss``.
+        RuntimeError: when the named backend cannot serve the call.
     """
     numbers = _check(query, key, lse, None, heads)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
-    (B, H, L, _), (_, Hk, S, _) = query.shape, key.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    best = query.new_full((B, L), -math.inf, dtype=dtype)
-    found = torch.full((B, L), -1, dtype=torch.int64, device=query.device)
-    chosen = torch.tensor(numbers, dtype=torch.int64, device=query.device)
-    q, norms = scale * query[:, chosen].to(dtype), lse[:, chosen].unsqueeze(-1)
-    readers = chosen // max(H // max(Hk, 1), 1)
-    for first in range(0, S, KEYS):
-        k = key[:, :, first : first + KEYS][:, readers].to(dtype)
-        totals = torch.exp(q @ k.mT - norms).masked_fill(norms == -math.inf, 0.0).sum(1)
-        if source_lengths is not None:
-            columns = torch.arange(first, first + k.shape[2], device=query.device)
-            totals = totals.masked_fill(columns >= source_lengths[:, None, None], -math.inf)
-        top, where = totals.max(-1)
-        better = top > best
-        best, found = torch.where(better, top, best), torch.where(better, where + first, found)
+    if backend in (None, "reference"):
+        return reference.hard_alignment(query, key, lse, source_lengths, numbers, scale)
+    module = dispatch.choose("alignment_loss", query.device.type, backend, (query, key, lse, None))
+    if not hasattr(module, "hard_alignment"):
+        raise RuntimeError(f"backend={backend!r} has no hard_alignment: leave the choice to backend=None")
+    found: Tensor = module.hard_alignment(query, key, lse, source_lengths, numbers, scale)
     return found
 
 

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 SERVES = "every device and floating dtype"
+# Keys that hard_alignment looks at together.
+KEYS = 256
 
 
 def refusal(query: Tensor, key: Tensor, lse: Tensor, pairs: Tensor) -> str | None:
@@ -92,6 +94,46 @@ def backward(
         _add(d_key, columns, factors * query[rows].to(factors.dtype))
     if d_lse is not None:
         _add(d_lse, rows, -coefficients)
+
+
+def hard_alignment(
+    query: Tensor,  # [B, H, L, D]
+    key: Tensor,  # [B, Hk, S, D]
+    lse: Tensor,  # [B, H, L]
+    source_lengths: Tensor | None,  # [B]
+    heads: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """Return the key of each query with the largest sum of probabilities over the heads, the first of equals.
+
+    Args:
+        query: as in `forward`.
+        key: as in `forward`.
+        lse: as in `forward`.
+        source_lengths: int64: keys from there on are not looked at.
+        heads: as in `forward`.
+        scale: as in `forward`.
+
+    Returns:
+        int64 [B, L]; -1 where there are no keys.
+    """
+    (B, H, L, _), (_, Hk, S, _) = query.shape, key.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    best = query.new_full((B, L), -math.inf, dtype=dtype)
+    found = torch.full((B, L), -1, dtype=torch.int64, device=query.device)
+    chosen = torch.tensor(heads, dtype=torch.int64, device=query.device)
+    q, norms = scale * query[:, chosen].to(dtype), lse[:, chosen].unsqueeze(-1)
+    readers = chosen // max(H // max(Hk, 1), 1)
+    for first in range(0, S, KEYS):
+        k = key[:, :, first : first + KEYS][:, readers].to(dtype)
+        totals = torch.exp(q @ k.mT - norms).masked_fill(norms == -math.inf, 0.0).sum(1)
+        if source_lengths is not None:
+            columns = torch.arange(first, first + k.shape[2], device=query.device)
+            totals = totals.masked_fill(columns >= source_lengths[:, None, None], -math.inf)
+        top, where = totals.max(-1)
+        better = top > best
+        best, found = torch.where(better, top, best), torch.where(better, where + first, found)
+    return found
 
 
 Index = tuple[Tensor, Tensor, Tensor]

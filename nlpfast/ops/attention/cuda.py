@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nlpfast.ops.additions import PairGradients
 from nlpfast.ops.attention.reference import check_lengths
+from nlpfast.ops.pair_rows import group_pairs
 from nlpfast.ops.vectors import on_vectors
 
 SERVES = (
@@ -17,6 +18,8 @@ SERVES = (
 )
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZES, MAX_KEYS = (32, 64), 128
+# Heads and rows at most for which gradients at pairs are added on the way.
+HEADS_WITH_PAIRS, ROWS_WITH_PAIRS = 32, 64
 CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
 # The tests have kernels that run on the CPU.
 DEVICE = "cuda"
@@ -89,16 +92,28 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """Return the gradients of query, key and value."""
     gradients = [_like(x) for x in (query, key, value)]
+    first = _slopes(extra[0], query, key) if extra else None
     torch.ops.nlpfast.cuda_attention_backward(
         *(_lying(grad_out), None if grad_lse is None else grad_lse.contiguous()),
         *(_lying(x) for x in (query, key, value)),
         *_options(key, key_lengths, prefix_lengths, seed, dropout_p, causal, scale),
+        *(first or (None, None, None, None, [])),
         *gradients,
     )
     dq, dk, dv = gradients
-    for pairs in extra:
+    for pairs in extra[bool(first) :]:
         pairs.add_to(dq, dk)
     return dq, dk, dv, None
+
+
+def _slopes(extra: PairGradients, query: Tensor, key: Tensor) -> tuple[Any, ...] | None:
+    """Return what the kernel takes to add gradients at pairs on the way, or None where it does not."""
+    (B, H, L, _), (_, Hk, S, _) = query.shape, key.shape
+    if Hk != H or max(L, S) > ROWS_WITH_PAIRS or len(extra.heads) > HEADS_WITH_PAIRS:
+        return None
+    pairs = extra.pairs.contiguous()
+    by_query, query_begin, _, _ = group_pairs(pairs, B, L, S)
+    return extra.coefficients.contiguous(), pairs, by_query, query_begin, list(extra.heads)
 
 
 def _options(
