@@ -51,7 +51,7 @@ test-cuda: $(INSTALLED)
 	$(BIN)/cmake --build build/emulated --target nlpfast_cuda_emulated
 	EMULATED_CUDA=$(CURDIR)/build/emulated/libnlpfast_cuda_emulated.so OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest tests/ops/test_cross_entropy.py tests/ops/test_add_layer_norm.py \
-		tests/ops/test_alignment_loss.py tests/ops/test_cuda_*.py
+		tests/ops/test_alignment_loss.py tests/ops/test_cuda_*.py tests/ops/test_compiled_kernels_on_device.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -99,8 +99,10 @@ sanitize: $(INSTALLED)
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest tests/ops tests/train --hypothesis-profile=soak -k 'any_call or kills_at_any_instant'
 
-# Uses PYTHON as it is, with torch and triton: no virtual environment, no network, no native library. Most of the
-# time goes into compiling kernels; with pytest-xdist, PYTEST_ADDOPTS='-n 8' compiles on as many cores.
+# Uses PYTHON as it is, with torch and triton: no virtual environment and no network. The native library is built for
+# this device if there is what that takes; without, Triton's kernels are tested and measured alone. Most of the time
+# goes into compiling kernels; with pytest-xdist, PYTEST_ADDOPTS='-n 8' compiles on as many cores.
+GPU_BENCH = $(PYTHON) -m nlpfast bench --quick --device cuda --output benchmarks/results
 gpu:
 	@if ! $(PYTHON) -c 'import torch' 2>/dev/null && command -v nvidia-smi >/dev/null; then \
 		echo "make gpu: $(PYTHON) has no torch; name an interpreter that has it: make gpu PYTHON=..." >&2; exit 2; \
@@ -112,8 +114,19 @@ gpu:
 		if [ -n "$$missing" ]; then \
 			echo "make gpu: $(PYTHON) lacks $$missing: $(PYTHON) -m pip install $$missing" >&2; exit 2; \
 		fi; \
-		mkdir -p benchmarks/results && $(PYTHON) -m pytest tests -m cuda && \
-			$(PYTHON) -m nlpfast bench --quick --device cuda --output benchmarks/results; \
+		mkdir -p benchmarks/results; compiled=; \
+		if command -v nvcc >/dev/null && command -v cmake >/dev/null && command -v ninja >/dev/null && \
+			$(PYTHON) -c 'import pybind11' 2>/dev/null; then \
+			arch=$$($(PYTHON) -c 'import torch; major, minor = torch.cuda.get_device_capability(); \
+				print(f"{major}{minor}" + "a" * (major == 9))'); \
+			cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$$(command -v $(PYTHON))" \
+				-DNLPFAST_CUDA_ARCHITECTURES=$$arch && \
+			cmake --build build/gpu && cmake --install build/gpu --prefix nlpfast || exit 2; compiled=yes; \
+		else \
+			echo "make gpu: Triton's kernels alone: nvcc, cmake, ninja and pybind11 make the compiled ones" >&2; \
+		fi; \
+		$(PYTHON) -m pytest tests -m cuda && $(GPU_BENCH) && \
+			if [ "$$compiled" ]; then $(GPU_BENCH) --backend cuda; fi; \
 	fi
 
 # The whole task of CS224N's assignment 5 on its files in DATA, with the interpreter as it is, as for gpu: make

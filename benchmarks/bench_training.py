@@ -82,7 +82,7 @@ def chosen(case: Case, settings: Settings) -> str:
     packed = isinstance(case, Pretraining)
     x = torch.empty(*((1, 1) if packed else (1, 1, 1)), 8, dtype=case.dtype)
     ends = torch.zeros(2, dtype=torch.int64)
-    op, further = ("varlen_attention", (ends, ends)) if packed else ("attention", (None, None, None))
+    op, further = ("varlen_attention", (ends, ends, 1)) if packed else ("attention", (None, None, None))
     return dispatch.choose(op, "cpu", None, (x, x, x, *further)).__name__.rpartition(".")[2]
 
 

@@ -153,7 +153,8 @@ def unavailable(implementation: str) -> str | None:
 def chosen(case: Case, settings: Settings) -> str:
     """Return the name of the backend that serves attention."""
     x, ends = torch.empty(1, 1, 64, dtype=case.dtype), torch.zeros(2, dtype=torch.int64)
-    return dispatch.choose("varlen_attention", "cpu", None, (x, x, x, ends, ends)).__name__.rpartition(".")[2]
+    module = dispatch.choose("varlen_attention", "cpu", None, (x, x, x, ends, ends, 1))
+    return module.__name__.rpartition(".")[2]
 
 
 def passes(case: Case, implementation: str, settings: Settings, copies: int) -> list[Any]:

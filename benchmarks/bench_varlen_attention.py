@@ -109,7 +109,7 @@ def chosen(case: Case, settings: Settings) -> str:
     inputs, _ = _inputs(case, settings.device)
     cu_seq = _cumulative(case, settings.device)
     device_type = torch.device(settings.device).type
-    module = dispatch.choose(OP, device_type, settings.backend, (*inputs, cu_seq, cu_seq))
+    module = dispatch.choose(OP, device_type, settings.backend, (*inputs, cu_seq, cu_seq, case.shape[2]))
     return module.__name__.rpartition(".")[2]
 
 

@@ -39,7 +39,7 @@ import torch
 
 from nlpfast.cli import info
 
-from .gpu import Gpu, Step, Timer, Times, timers_of
+from .gpu import TRITON, Gpu, Step, Timer, Times, timers_of
 
 T = TypeVar("T")
 Result = dict[str, Any]
@@ -60,7 +60,8 @@ class Settings:
     Attributes:
         quick: only the cases marked so, only the first peers, and fewer rounds.
         threads: numbers of CPU threads, by default 1 and torch's own number; a GPU has one row a case.
-        backend: the backend of ours, by default the one that a user would get.
+        backend: the backend of ours, by default the one that a user would get. Of "cuda", ours by Triton's
+            kernels are a peer on a GPU.
         device: where the inputs lie.
     """
 
@@ -218,8 +219,9 @@ def _implementations(
 ) -> tuple[list[str], list[str]]:
     """Return the names that can run here, ours first, and one note for each that cannot."""
     peers, few = (bench.CUDA_PEERS, bench.CUDA_QUICK_PEERS) if on_gpu else (bench.PEERS, 1)
-    offered = [bench.OURS, *(peers[:few] if settings.quick else peers)]
-    reasons = {name: bench.unavailable(name) for name in offered}
+    own = [TRITON] if on_gpu and settings.backend == "cuda" else []
+    offered = [bench.OURS, *own, *(peers[:few] if settings.quick else peers)]
+    reasons = {name: None if name in own else bench.unavailable(name) for name in offered}
     notes = [f"{name} was left out: {reason}" for name, reason in reasons.items() if reason is not None]
     return [name for name in offered if reasons[name] is None], notes
 
@@ -285,6 +287,12 @@ def _measure_on_gpu(
     notes: list[str],
 ) -> list[Result]:
     """Return a row for each peer that serves the case, and add a note for each that does not."""
+    if settings.backend is not None:
+        try:
+            bench.chosen(case, settings)
+        except RuntimeError as error:
+            notes.append(f"{case.name}: left out: {error}")
+            return []
     timers, errors, said = timers_of(bench, case, names, settings, gpu)
     notes += said
     if bench.OURS not in timers:

@@ -3,10 +3,15 @@
 import importlib
 
 import torch
+from torch import Tensor
 
 from nlpfast import dispatch
+from nlpfast.ops import projected_on_gpu
 
-OPS = ("add_layer_norm", "alignment_loss", "attention", "cross_entropy")
+OPS = (
+    *("add_layer_norm", "alignment_loss", "attention", "cross_entropy", "linear_cross_entropy"),
+    "varlen_attention",
+)
 
 
 def emulate(library: str) -> None:
@@ -20,3 +25,9 @@ def emulate(library: str) -> None:
         module = importlib.import_module(f"nlpfast.ops.{op}.cuda")
         module.DEVICE = "cpu"
         dispatch.registry[op]["cuda"] = module
+    projected_on_gpu._multiply = _multiply
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """Multiply as a GPU does: on CPUs PyTorch has no product of 16 bits with a result in 32."""
+    torch.addmm(out, a.float(), b.float(), beta=1 if add else 0, out=out)

@@ -1,6 +1,7 @@
 """The benchmark of cross entropy, at small sizes."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import nlpfast
 from benchmarks import bench_cross_entropy as bench
 from benchmarks import measure, report
 from benchmarks.measure import Settings
+from nlpfast import dispatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -93,6 +95,25 @@ def test_run_on_a_gpu() -> None:
     assert result["rows"][0]["backward_gbytes"] == round(backward / 2e-3 / 1e9, 1)
     assert json.loads(json.dumps(result)) == result
     assert "(9,50) float32" in report.section("cross_entropy", result)
+
+
+@pytest.mark.usefixtures("short")
+def test_compiled_kernels_have_those_of_triton_as_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case that they do not serve is left out."""
+    definition = dispatch.registry["cross_entropy"]["reference"]
+    compiled = types.ModuleType("nlpfast.ops.cross_entropy.cuda")
+    compiled.forward, compiled.backward = definition.forward, definition.backward
+    compiled.refusal = lambda input, target: None if input.shape[-1] == 50 else "no so many"
+    monkeypatch.setitem(dispatch.registry["cross_entropy"], "cuda", compiled)
+    monkeypatch.setitem(dispatch.registry["cross_entropy"], "triton", definition)
+    result = measure.run(bench, Settings(backend="cuda", quick=False), gpu=FakeGpu())
+    served = bench.CUDA_CASES[0].name
+    assert [(row["name"], row["peer"]) for row in result["rows"]] == [
+        (served, peer) for peer in ("triton", *bench.CUDA_PEERS)
+    ]
+    assert {row["backend"] for row in result["rows"]} == {"cuda"}
+    (note,) = result["notes"]
+    assert note.startswith(f"{bench.CUDA_CASES[1].name}: left out: ") and "no so many" in note
 
 
 @pytest.mark.usefixtures("short")

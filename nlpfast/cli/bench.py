@@ -86,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
     for op in names:
         bench = benchmark_module(f"bench_{op}")
         result = measure.run(bench, settings, lambda line: print(line, file=sys.stderr, flush=True))
-        print(report.section(op, result), flush=True)
-        results["ops"][op] = result
+        # those of a backend that was asked for stand beside those of the one that users get
+        heading = op if args.backend is None else f"{op} by {args.backend}"
+        print(report.section(heading, result), flush=True)
+        results["ops"][heading] = result
         if path is not None:
             # after each, as the next may take long
             with replacing(path) as file:

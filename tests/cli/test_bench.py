@@ -80,7 +80,7 @@ def test_table_on_stdout(argv: list[str], capsys: pytest.CaptureFixture[str]) ->
 
 def test_named_backend_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--backend", "reference", "--threads", "1"]) == 0
-    assert "attention: backend reference, device cpu" in capsys.readouterr().out
+    assert "attention by reference: backend reference, device cpu" in capsys.readouterr().out
 
 
 def test_models_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,8 @@ def compare(backend: str, tensors: tuple, batch: tuple, causal: str, scale: floa
 @pytest.mark.parametrize("batch", list(BATCHES))
 def test_no_worse_than_eager(backend: str, batch: str, dtype: torch.dtype, causal: str) -> None:
     tensors = packed(BATCHES[batch], dtype=dtype)
-    request = (*tensors, *sequences(BATCHES[batch])[:2])
+    ends_q, ends_k, _, longest = sequences(BATCHES[batch])
+    request = (*tensors, ends_q, ends_k, longest)
     if dispatch.registry[OP][backend].refusal(*request) is None:
         compare(backend, tensors, BATCHES[batch], causal)
         return

@@ -128,7 +128,9 @@ def close(name: str, actual: Tensor, exact: Tensor, size: Tensor, dtype: torch.d
 @given(call=calls())
 def test_any_call(backend: str, call: dict) -> None:
     torch.manual_seed(call["seed"] % 2**31)
-    if dispatch.registry[OP][backend].refusal(*[torch.empty(0, 1, 1, dtype=call["dtype"])] * 3, None, None):
+    if dispatch.registry[OP][backend].refusal(
+        *[torch.empty(0, 1, 1, dtype=call["dtype"])] * 3, None, None, 0
+    ):
         # What the backend does not serve is asked of it in float32.
         call = {**call, "dtype": torch.float32}
     dtype, H, totals = call["dtype"], call["H"], [sum(side) for side in sides(call)]

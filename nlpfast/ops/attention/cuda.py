@@ -34,6 +34,19 @@ def refusal(
     prefix_lengths: Tensor | None,
 ) -> str | None:
     """Return why the kernels do not serve this call, in one line, or None."""
+    if attn_mask is not None:
+        return "it takes no attn_mask"
+    return misfit(query, value, key.shape[2])
+
+
+def misfit(query: Tensor, value: Tensor, max_k: int) -> str | None:
+    """Return why the kernels do not serve heads like these, also of packed sequences, in one line, or None.
+
+    Args:
+        query: [..., D].
+        value: [..., Dv].
+        max_k: the keys of a sequence, at most.
+    """
     if query.device.type != DEVICE:
         return f"it computes on CUDA devices, and the tensors are on {query.device}"
     if query.dtype not in DTYPES:
@@ -41,10 +54,8 @@ def refusal(
     sizes = (query.shape[-1], value.shape[-1])
     if sizes[0] not in HEAD_SIZES or sizes[0] != sizes[1]:
         return f"it takes head sizes of 32 and 64, the same of values, and got {sizes[0]} and {sizes[1]}"
-    if key.shape[2] > MAX_KEYS:
-        return f"it takes up to {MAX_KEYS} keys, and got {key.shape[2]}"
-    if attn_mask is not None:
-        return "it takes no attn_mask"
+    if max_k > MAX_KEYS:
+        return f"it takes up to {MAX_KEYS} keys, and got {max_k}"
     return None
 
 
@@ -65,7 +76,7 @@ def forward(
     check_lengths("prefix_lengths", prefix_lengths, key.shape[2])
     out = _like(query)
     lse = torch.ops.nlpfast.cuda_attention_forward(
-        *(_lying(x) for x in (query, key, value)),
+        *(lying(x) for x in (query, key, value)),
         *_options(key, key_lengths, prefix_lengths, seed, dropout_p, causal, scale),
         out,
     )
@@ -94,8 +105,8 @@ def backward(
     gradients = [_like(x) for x in (query, key, value)]
     first = _slopes(extra[0], query, key) if extra else None
     torch.ops.nlpfast.cuda_attention_backward(
-        *(_lying(grad_out), None if grad_lse is None else grad_lse.contiguous()),
-        *(_lying(x) for x in (query, key, value)),
+        *(lying(grad_out), None if grad_lse is None else grad_lse.contiguous()),
+        *(lying(x) for x in (query, key, value)),
         *_options(key, key_lengths, prefix_lengths, seed, dropout_p, causal, scale),
         *(first or (None, None, None, None, [])),
         *gradients,
@@ -139,7 +150,7 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _lying(x: Tensor) -> Tensor:
+def lying(x: Tensor) -> Tensor:
     """Return rows that begin at multiples of 16 bytes, a copy if these do not."""
     vec = 16 // x.element_size()
     return x if on_vectors(x, vec) else x.clone(memory_format=torch.contiguous_format)
@@ -150,7 +161,9 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("nlpfast::cuda_attention_forward")
     def _(query, *rest):  # type: ignore[no-untyped-def]
-        return query.new_empty(query.shape[:-1], dtype=torch.float32)
+        # of packed rows by heads
+        sizes = query.shape[:-1] if query.ndim == 4 else (query.shape[1], query.shape[0])
+        return query.new_empty(sizes, dtype=torch.float32)
 
     @torch.library.register_fake("nlpfast::cuda_attention_backward")
     def _(*arguments):  # type: ignore[no-untyped-def]

@@ -13,7 +13,11 @@ from nlpfast.ops import labels, large_buffers
 from nlpfast.ops.linear_cross_entropy import reference
 from nlpfast.ops.second_derivative import refuse_second_derivative
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
+_backends: dict[str, ModuleType | str] = {
+    "cpu": native.status(),
+    "triton": dispatch.triton_status(),
+    "cuda": dispatch.cuda_status(),
+}
 if native.status() == "ok":
     from nlpfast.ops.linear_cross_entropy import cpu
 
@@ -22,6 +26,10 @@ if dispatch.triton_status() == "ok":
     from nlpfast.ops.linear_cross_entropy import triton
 
     _backends["triton"] = triton
+if dispatch.cuda_status() == "ok":
+    from nlpfast.ops.linear_cross_entropy import cuda
+
+    _backends["cuda"] = cuda
 dispatch.registry["linear_cross_entropy"] = {**_backends, "reference": reference}
 
 NO_SECOND = (

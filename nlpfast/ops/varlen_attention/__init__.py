@@ -25,7 +25,11 @@ from nlpfast.ops.second_derivative import refuse_second_derivative
 from nlpfast.ops.seeds import seed_pair
 from nlpfast.ops.varlen_attention import reference
 
-_backends: dict[str, ModuleType | str] = {"cpu": native.status(), "triton": dispatch.triton_status()}
+_backends: dict[str, ModuleType | str] = {
+    "cpu": native.status(),
+    "triton": dispatch.triton_status(),
+    "cuda": dispatch.cuda_status(),
+}
 if native.status() == "ok":
     from nlpfast.ops.varlen_attention import cpu
 
@@ -34,6 +38,10 @@ if dispatch.triton_status() == "ok":
     from nlpfast.ops.varlen_attention import triton
 
     _backends["triton"] = triton
+if dispatch.cuda_status() == "ok":
+    from nlpfast.ops.varlen_attention import cuda
+
+    _backends["cuda"] = cuda
 dispatch.registry["varlen_attention"] = {**_backends, "reference": reference}
 
 
@@ -132,7 +140,7 @@ def varlen_attention(
     request = (query, key, value, cu_seq_q, cu_seq_k)
     if torch.compiler.is_compiling():
         request = _distinct(*request)
-    module = dispatch.choose("varlen_attention", device_type, backend, request)
+    module = dispatch.choose("varlen_attention", device_type, backend, (*request, max_k))
     options = (max_q, max_k, seed, dropout_p, causal_align if is_causal else "none", scale)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out, lse = _VarlenAttention.apply(*request, *options, module)

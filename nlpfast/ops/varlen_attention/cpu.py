@@ -8,7 +8,9 @@ from nlpfast.ops.attention import cpu as attention
 SERVES = "float32, bfloat16 and float16, D and Dv <= 256, any strides"
 
 
-def refusal(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor) -> str | None:
+def refusal(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_k: int
+) -> str | None:
     """Return why the kernels do not serve this call, in one line, or None."""
     return attention.refusal(query, key, value, None, None, None)
 

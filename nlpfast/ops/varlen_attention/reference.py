@@ -18,7 +18,9 @@ from nlpfast.ops.attention import reference as attention
 SERVES = "every device and floating dtype; needs memory for [B, H, max_q, max_k]"
 
 
-def refusal(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor) -> str | None:
+def refusal(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_k: int
+) -> str | None:
     """Return None: the definition serves every call."""
     return None
 
