@@ -147,9 +147,15 @@ def timers_of(
         and for each that is timed without a graph.
 
     Raises:
-        RuntimeError: ours fail, or are wrong; without enough memory for ours there is no timer instead.
+        RuntimeError: ours fail, or are wrong; without enough memory for ours, or if the backend that was
+            asked for does not serve the case, there is no timer instead.
     """
     timers, errors, notes = {}, {}, []
+    if settings.backend is not None:
+        try:
+            bench.chosen(case, settings)
+        except RuntimeError as error:
+            return {}, {}, [f"{case.name}: left out: {error}"]
     copies = copies_of(bench.traffic(case)[0], gpu)
     for name in names:
         given = replace(settings, backend=TRITON) if name == TRITON else settings

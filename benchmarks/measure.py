@@ -60,8 +60,7 @@ class Settings:
     Attributes:
         quick: only the cases marked so, only the first peers, and fewer rounds.
         threads: numbers of CPU threads, by default 1 and torch's own number; a GPU has one row a case.
-        backend: the backend of ours, by default the one that a user would get. Of "cuda", ours by Triton's
-            kernels are a peer on a GPU.
+        backend: the backend of ours, by default the one that a user would get. Triton's is a peer of "cuda".
         device: where the inputs lie.
     """
 
@@ -287,12 +286,6 @@ def _measure_on_gpu(
     notes: list[str],
 ) -> list[Result]:
     """Return a row for each peer that serves the case, and add a note for each that does not."""
-    if settings.backend is not None:
-        try:
-            bench.chosen(case, settings)
-        except RuntimeError as error:
-            notes.append(f"{case.name}: left out: {error}")
-            return []
     timers, errors, said = timers_of(bench, case, names, settings, gpu)
     notes += said
     if bench.OURS not in timers:
