@@ -30,7 +30,8 @@ struct Float16 {
 // The block's shared memory: as many bytes as the launch asked for.
 inline unsigned char* shared_memory() { return emulator::machine().shared.data(); }
 
-inline float exp2_of(float x) { return std::exp2(x); }
+// As of a GPU, NaN has no sign.
+inline float exp2_of(float x) { return std::fabs(std::exp2(x)); }
 
 template <class T>
 T load_once(const T* p) {

@@ -44,8 +44,12 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   for (int i = 0; i < 4; ++i) c[i] += sums.c[i];
 }
 
+// A place in shared memory, to which bytes can be added.
+using SharedAddress = const char*;
+inline SharedAddress shared_address(const void* p) { return static_cast<const char*>(p); }
+
 // Loads four 8 x 8 matrices: lanes 8 m to 8 m + 7 have the addresses of the rows of matrix m.
-inline void load_matrices(uint32_t (&r)[4], const void* row) {
+inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   struct Rows {
     uint32_t r[4];
   };
@@ -59,7 +63,7 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
 }
 
 // The same of the transposed matrices.
-inline void load_transposed(uint32_t (&r)[4], const void* row) {
+inline void load_transposed(uint32_t (&r)[4], SharedAddress row) {
   struct Rows {
     uint32_t r[4];
   };
@@ -87,7 +91,8 @@ void wait_for_copies() {
 
 #else
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
@@ -108,18 +113,18 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 }
 
 // Loads four 8 x 8 matrices: lanes 8 m to 8 m + 7 have the addresses of the rows of matrix m.
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
 // The same of the transposed matrices.
-__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* row) {
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 

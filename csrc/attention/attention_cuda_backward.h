@@ -6,8 +6,8 @@
 namespace nlpfast::cuda {
 namespace {
 
-// Whether dropout leaves a weight: those that it takes have a sign. NaN stays.
-__device__ __forceinline__ bool stays(float weight) { return !(__float_as_uint(weight) >> 31) || weight != weight; }
+// Whether dropout leaves a weight: those that it takes have a sign. NaN, of which exp2_of makes none with one, stays.
+__device__ __forceinline__ bool stays(float weight) { return !(__float_as_uint(weight) >> 31); }
 
 template <int N>
 __device__ __forceinline__ void clear(float (&x)[N][4]) {
@@ -66,17 +66,19 @@ __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Head& 
                                                   const float* added) {
   constexpr int K_TILES = KEYS / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int most = head.most_of(p, i0), limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
+  const int least = head.least_of(p, i0), most = head.most_of(p, i0);
+  const int limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
   float s[K_TILES][4], ds[TWICE ? 2 : K_TILES][4], maximum[2], total[2], shift[2] = {0.0f, 0.0f};
-  multiply_keys<E, D, KEYS>(s, q + warp * TILE * D, k, most);
-  exponentials<KEYS>(s, limits, p.scale * LOG2_E, maximum, total);
+  multiply_keys<E, D, KEYS>(s, q + warp * TILE * D, Places<E, D>::across(k), most);
+  exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
   const float inverse[2] = {total[0] == 0.0f ? 0.0f : 1.0f / total[0], total[1] == 0.0f ? 0.0f : 1.0f / total[1]};
   const Left<E, D> upstream(grad + warp * TILE * D);
+  const auto values = Places<E, D>::across(v), keys = Places<E, D>::down(k);
 #pragma unroll
   for (int j = 0; j < K_TILES; j += 2) {
     if (j * 8 >= most) continue;
     const int kept = TWICE ? 0 : j;
-    upstream.multiply_keys(ds[kept], ds[kept + 1], v, j);
+    upstream.multiply_keys(ds[kept], ds[kept + 1], values, j);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -89,12 +91,13 @@ __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Head& 
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        shift[e / 2] += stays(s[j + half][e]) ? s[j + half][e] * ds[kept + half][e] * p.dropping.factor : 0.0f;
+        if (!p.dropping.threshold || stays(s[j + half][e])) shift[e / 2] += s[j + half][e] * ds[kept + half][e];
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     shift[r] += __shfl_xor_sync(ALL_LANES, shift[r], 1);
     shift[r] += __shfl_xor_sync(ALL_LANES, shift[r], 2);
+    shift[r] *= p.dropping.factor;
     if (p.grad_lse && i0 + g + 8 * r < head.queries)
       shift[r] -= p.grad_lse[head.b * p.lse_batch + h * p.lse_head + head.q_first + i0 + g + 8 * r];
   }
@@ -103,20 +106,24 @@ __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Head& 
   for (int j = 0; j < K_TILES; j += 2) {
     if (j * 8 >= most) continue;
     const int kept = TWICE ? 0 : j;
-    if constexpr (TWICE) upstream.multiply_keys(ds[0], ds[1], v, j);
+    if constexpr (TWICE) upstream.multiply_keys(ds[0], ds[1], values, j);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float &weight = s[j + half][e], &slope = ds[kept + half][e];
-        const float factor = stays(weight) ? p.dropping.factor : 0.0f;
-        // 0 times an infinity would be NaN
-        slope = fabsf(weight) * ((factor == 0.0f ? 0.0f : slope * factor) - shift[e / 2]);
+        if (p.dropping.threshold) {
+          // 0 times an infinity would be NaN
+          const bool on = stays(weight) && p.dropping.factor != 0.0f;
+          slope = fabsf(weight) * ((on ? slope * p.dropping.factor : 0.0f) - shift[e / 2]);
+          weight = on ? weight * p.dropping.factor : 0.0f;
+        } else {
+          slope = weight * (slope - shift[e / 2]);
+        }
         if constexpr (PAIRS) slope += added[(g + e / 2 * 8) * SLOPES<KEYS> + (j + half) * 8 + 2 * t + e % 2];
-        weight = factor == 0.0f ? 0.0f : weight * factor;
       }
     const Weights left = weights_of<E>(s[j], s[j + 1]), right = weights_of<E>(ds[kept], ds[kept + 1]);
-    add_rows<E, D>(dq, right.word, k, j / 2);
+    add_rows<E, D>(dq, right.word, keys, j / 2);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int place = weight_place<KEYS>(warp * TILE + g + i % 2 * 8, j + i / 2) + 2 * t;
@@ -134,15 +141,16 @@ __device__ __forceinline__ void add_queries(const Problem& p, const Head& head, 
                                             const E* weights, const E* slopes, float (&dk)[D / 8][4],
                                             float (&dv)[D / 8][4]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const auto queries = Places<E, D>::down(q), upstream = Places<E, D>::down(grad);
   for (int step = 0; step < KEYS / TILE; ++step) {
     // what no query of these sees was not written
     if (warp * TILE >= head.most_of(p, begin + step * TILE)) continue;
     const int place = weight_place<KEYS>(step * TILE + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
     uint32_t a[4];
-    load_transposed(a, weights + place);
-    add_rows<E, D>(dv, a, grad, step);
-    load_transposed(a, slopes + place);
-    add_rows<E, D>(dk, a, q, step);
+    load_transposed(a, shared_address(weights + place));
+    add_rows<E, D>(dv, a, upstream, step);
+    load_transposed(a, shared_address(slopes + place));
+    add_rows<E, D>(dk, a, queries, step);
   }
 }
 
@@ -167,10 +175,10 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
     if (number < p.heads) {
       const Head head(p, number, p.H / p.group);
       const int most = head.most(p);
-      start_rows<E, D, KEYS>(keys_of(stage), head.row<E>(p.k, head.h, head.k_first), p.k.row, most, threadIdx.x,
-                             THREADS);
-      start_rows<E, D, KEYS>(keys_of(stage) + KEYS * D, head.row<E>(p.v, head.h, head.k_first), p.v.row, most,
-                             threadIdx.x, THREADS);
+      start_rows<E, D, KEYS, THREADS>(keys_of(stage), head.row<E>(p.k, head.h, head.k_first), p.k.row, most,
+                                      threadIdx.x);
+      start_rows<E, D, KEYS, THREADS>(keys_of(stage) + KEYS * D, head.row<E>(p.v, head.h, head.k_first), p.v.row, most,
+                                      threadIdx.x);
     }
     close_copies();
   };
@@ -183,10 +191,10 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
     const auto start_queries = [&](int item, int stage) {
       if (item < items) {
         const int h = head.h * p.group + item / blocks, i0 = item % blocks * KEYS;
-        start_rows<E, D, KEYS>(rows_of(stage), head.row<E>(p.q, h, head.q_first + i0), p.q.row, head.queries - i0,
-                               threadIdx.x, THREADS);
-        start_rows<E, D, KEYS>(rows_of(stage) + KEYS * D, head.row<E>(p.out, h, head.q_first + i0), p.out.row,
-                               head.queries - i0, threadIdx.x, THREADS);
+        start_rows<E, D, KEYS, THREADS>(rows_of(stage), head.row<E>(p.q, h, head.q_first + i0), p.q.row,
+                                        head.queries - i0, threadIdx.x);
+        start_rows<E, D, KEYS, THREADS>(rows_of(stage) + KEYS * D, head.row<E>(p.out, h, head.q_first + i0), p.out.row,
+                                        head.queries - i0, threadIdx.x);
       }
       close_copies();
     };

@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
       const int most = head.most(p);
       const E* k = head.row<E>(p.k, head.h / p.group, head.k_first);
       const E* v = head.row<E>(p.v, head.h / p.group, head.k_first);
-      start_rows<E, D, KEYS>(stage_of(stage), k, p.k.row, most, threadIdx.x, WARPS * 32);
-      start_rows<E, D, KEYS>(stage_of(stage) + KEYS * D, v, p.v.row, most, threadIdx.x, WARPS * 32);
+      start_rows<E, D, KEYS, WARPS * 32>(stage_of(stage), k, p.k.row, most, threadIdx.x);
+      start_rows<E, D, KEYS, WARPS * 32>(stage_of(stage) + KEYS * D, v, p.v.row, most, threadIdx.x);
     }
     close_copies();
   };
@@ -39,11 +39,12 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
     const auto start_queries = [&](int n) {
       const int i0 = tile_of(n) * TILE;
       const E* q = head.row<E>(p.q, head.h, head.q_first + i0);
-      if (i0 < head.queries) start_rows<E, D, TILE>(own + n % 2 * TILE * D, q, p.q.row, head.queries - i0, lane, 32);
+      if (i0 < head.queries) start_rows<E, D, TILE, 32>(own + n % 2 * TILE * D, q, p.q.row, head.queries - i0, lane);
       close_copies();
     };
     start_queries(0);
     start_keys(number + gridDim.x, stage ^ 1);
+    const auto k = Places<E, D>::across(stage_of(stage)), v = Places<E, D>::down(stage_of(stage) + KEYS * D);
     // the keys of this head are there when the queries are, which were started later
     bool waited = false;
     for (int n = 0; n * WARPS < tiles; ++n) {
@@ -59,13 +60,12 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
         __syncwarp();
       }
       if (i0 >= head.queries) continue;
-      const E *k = stage_of(stage), *v = k + KEYS * D;
       E* tile = own + n % 2 * TILE * D;
       const int limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
-      const int most = head.most_of(p, i0);
+      const int least = head.least_of(p, i0), most = head.most_of(p, i0);
       float s[K_TILES][4], maximum[2], total[2];
       multiply_keys<E, D, KEYS>(s, tile, k, most);
-      exponentials<KEYS>(s, limits, p.scale * LOG2_E, maximum, total);
+      exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
       if (p.dropping.threshold) {
 #pragma unroll
         for (int j = 0; j < K_TILES; j += 2)

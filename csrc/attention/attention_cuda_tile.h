@@ -64,6 +64,11 @@ struct Head {
     return seen > 0 ? seen : 0;
   }
 
+  // How many keys each of 16 queries sees, 0 where there are fewer queries.
+  __device__ __forceinline__ int least_of(const Problem& p, int first) const {
+    return first + TILE <= queries ? limit(p, first) : 0;
+  }
+
   // How many keys any of 16 queries sees.
   __device__ __forceinline__ int most_of(const Problem& p, int first) const {
     const int last = first + TILE - 1 < queries ? first + TILE - 1 : queries - 1;
@@ -84,16 +89,45 @@ __device__ __forceinline__ int place_of(int r, int c) {
   return r * D + (c ^ (turn % (CHUNKS < 8 ? CHUNKS : 8))) * 8;
 }
 
-// Starts to copy rows, and zeros after `inside` of them.
-template <class E, int D, int ROWS>
-__device__ __forceinline__ void start_rows(E* to, const E* from, int64_t stride, int inside, int thread, int threads) {
-  constexpr int CHUNKS = D / 8;
-  for (int n = thread; n < ROWS * CHUNKS; n += threads) {
-    const int r = n / CHUNKS, c = n % CHUNKS;
-    // where there is nothing to read, the address is one that there is
-    copy_to_shared(to + place_of<D>(r, c), r < inside ? from + r * stride + c * 8 : from, r < inside);
-  }
+// Starts to copy rows, and zeros after `inside` of them; each of THREADS threads has one chunk of every STEP-th row.
+template <class E, int D, int ROWS, int THREADS>
+__device__ __forceinline__ void start_rows(E* to, const E* from, int64_t stride, int inside, int thread) {
+  constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
+  // after 8 rows chunks lie as before, after 4 the other half is exchanged
+  static_assert(STEP % 4 == 0 && ROWS % STEP == 0);
+  const int r = thread / CHUNKS, c = thread % CHUNKS;
+  E* const places[2] = {to + place_of<D>(r, c), to + place_of<D>(r + STEP, c) - STEP * D};
+  const E* row = from + r * stride + c * 8;
+#pragma unroll
+  for (int i = 0; i < ROWS / STEP; ++i, row += STEP * stride)
+    copy_to_shared(places[STEP % 8 ? i % 2 : 0] + i * STEP * D, row, r + i * STEP < inside);
 }
+
+// Where a lane reads four 8 x 8 matrices out of 16 x 16 elements of a matrix, for each 16 of its columns; 16 rows
+// further chunks lie as in these, so that an address is one of these and a constant.
+template <class E, int D>
+struct Places {
+  SharedAddress at[D / 16];
+
+  // Row and chunk of the first 16 x 16.
+  __device__ __forceinline__ Places(const E* matrix, int r, int c) {
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) at[d] = shared_address(matrix + place_of<D>(r, 2 * d + c));
+  }
+  // Those for products of other rows with these, and those for products over these.
+  __device__ __forceinline__ static Places across(const E* matrix) {
+    const int lane = threadIdx.x % 32;
+    return {matrix, lane / 16 * 8 + lane % 8, lane / 8 % 2};
+  }
+  __device__ __forceinline__ static Places down(const E* matrix) {
+    const int lane = threadIdx.x % 32;
+    return {matrix, lane / 8 % 2 * 8 + lane % 8, lane / 16};
+  }
+  // Of rows 16 `step` on.
+  __device__ __forceinline__ SharedAddress of(int d, int step) const {
+    return at[d] + step * TILE * D * static_cast<int>(sizeof(E));
+  }
+};
 
 // 16 rows as the first matrix of products over D.
 template <class E, int D>
@@ -101,21 +135,20 @@ struct Left {
   uint32_t word[D / 16][4];
 
   __device__ __forceinline__ explicit Left(const E* rows) {
-    const int lane = threadIdx.x % 32;
+    const auto places = Places<E, D>::down(rows);
 #pragma unroll
-    for (int d = 0; d < D / 16; ++d)
-      load_matrices(word[d], rows + place_of<D>(lane % 8 + lane / 8 % 2 * 8, 2 * d + lane / 16));
+    for (int d = 0; d < D / 16; ++d) load_matrices(word[d], places.at[d]);
   }
 
-  // The products with keys 8 j to 8 j + 15.
-  __device__ __forceinline__ void multiply_keys(float (&s)[4], float (&next)[4], const E* keys, int j) const {
-    const int lane = threadIdx.x % 32;
+  // The products with keys 8 j to 8 j + 15, which lie `across`.
+  __device__ __forceinline__ void multiply_keys(float (&s)[4], float (&next)[4], const Places<E, D>& keys,
+                                                int j) const {
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[e] = next[e] = 0.0f;
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) {
       uint32_t r[4];
-      load_matrices(r, keys + place_of<D>(j * 8 + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2));
+      load_matrices(r, keys.of(d, j / 2));
       multiply<E>(s, word[d], {r[0], r[1]});
       multiply<E>(next, word[d], {r[2], r[3]});
     }
@@ -124,7 +157,8 @@ struct Left {
 
 // Products of 16 rows with the first keys, 16 at a time, as long as there are any below `most`.
 template <class E, int D, int KEYS>
-__device__ __forceinline__ void multiply_keys(float (&s)[KEYS / 8][4], const E* rows, const E* keys, int most) {
+__device__ __forceinline__ void multiply_keys(float (&s)[KEYS / 8][4], const E* rows, const Places<E, D>& keys,
+                                              int most) {
   const Left<E, D> left(rows);
 #pragma unroll
   for (int j = 0; j < KEYS / 8; j += 2) {
@@ -147,46 +181,57 @@ __device__ __forceinline__ Weights weights_of(const float (&a)[4], const float (
   return {{pack(E{}, a[0], a[1]), pack(E{}, a[2], a[3]), pack(E{}, b[0], b[1]), pack(E{}, b[2], b[3])}};
 }
 
-// Adds the products of 16 x 16 weights with rows 16 `step` to 16 `step` + 15 of a matrix.
+// Adds the products of 16 x 16 weights with rows 16 `step` to 16 `step` + 15 of a matrix, whose places are `down`.
 template <class E, int D>
-__device__ __forceinline__ void add_rows(float (&o)[D / 8][4], const uint32_t (&weights)[4], const E* rows, int step) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void add_rows(float (&o)[D / 8][4], const uint32_t (&weights)[4], const Places<E, D>& rows,
+                                         int step) {
 #pragma unroll
   for (int d = 0; d < D / 8; d += 2) {
     uint32_t r[4];
-    load_transposed(r, rows + place_of<D>(step * 16 + lane / 8 % 2 * 8 + lane % 8, d + lane / 16));
+    load_transposed(r, rows.of(d / 2, step));
     multiply<E>(o[d], weights, {r[0], r[1]});
     multiply<E>(o[d + 1], weights, {r[2], r[3]});
   }
 }
 
-// Makes weights exp(s - maximum) of products, 0 from the limit on; maximum and sum of rows g and g + 8 in base 2.
+// Makes weights exp(s - maximum) of products with the keys below `most`, 16 at a time, 0 from the limit of a row on;
+// maximum and sum of rows g and g + 8 in base 2. All rows see the keys below `least`.
 template <int KEYS>
-__device__ __forceinline__ void exponentials(float (&s)[KEYS / 8][4], const int (&limits)[2], float scale,
-                                             float (&maximum)[2], float (&total)[2]) {
+__device__ __forceinline__ void exponentials(float (&s)[KEYS / 8][4], int least, int most, const int (&limits)[2],
+                                             float scale, float (&maximum)[2], float (&total)[2]) {
   const int t = threadIdx.x % 4;
   maximum[0] = maximum[1] = -INFINITY, total[0] = total[1] = 0.0f;
 #pragma unroll
-  for (int j = 0; j < KEYS / 8; ++j)
+  for (int j = 0; j < KEYS / 8; ++j) {
+    if (j / 2 * 16 >= most) continue;
+    if (scale < 0.0f)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      s[j][e] = j * 8 + 2 * t + e % 2 < limits[e / 2] ? s[j][e] * scale : -INFINITY;
-      maximum[e / 2] = fmaxf(maximum[e / 2], s[j][e]);
-    }
+      for (int e = 0; e < 4; ++e) s[j][e] = -s[j][e];
+    if (j * 8 + 8 > least)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (j * 8 + 2 * t + e % 2 >= limits[e / 2]) s[j][e] = -INFINITY;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) maximum[e / 2] = fmaxf(maximum[e / 2], s[j][e]);
+  }
+  // not 0, which would make NaN of what is hidden
+  scale = fmaxf(fabsf(scale), 1e-30f);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     maximum[r] = fmaxf(maximum[r], __shfl_xor_sync(ALL_LANES, maximum[r], 1));
     maximum[r] = fmaxf(maximum[r], __shfl_xor_sync(ALL_LANES, maximum[r], 2));
     // a row that sees nothing: -inf - -inf would be NaN
-    if (maximum[r] == -INFINITY) maximum[r] = 0.0f;
+    maximum[r] = maximum[r] == -INFINITY ? 0.0f : maximum[r] * scale;
   }
 #pragma unroll
-  for (int j = 0; j < KEYS / 8; ++j)
+  for (int j = 0; j < KEYS / 8; ++j) {
+    if (j / 2 * 16 >= most) continue;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      s[j][e] = exp2_of(s[j][e] - maximum[e / 2]);
+      s[j][e] = exp2_of(fmaf(s[j][e], scale, -maximum[e / 2]));
       total[e / 2] += s[j][e];
     }
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);

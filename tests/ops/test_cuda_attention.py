@@ -274,3 +274,11 @@ def test_gradients_of_packed_sequences(
         if exact.numel():
             error, allowed = (ours.double() - exact).abs().max(), (eager.double() - exact).abs().max()
             assert error <= 2 * allowed + 2e-3
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 7.0])
+@pytest.mark.parametrize("causal", ["none", "bottom_right"])
+def test_scales(scale: float, causal: str) -> None:
+    tensors = inputs(2, 2, 2, 40, 70, 32, torch.float16)
+    options = {"scale": scale, **({} if causal == "none" else {"is_causal": True, "causal_align": causal})}
+    assert_as_defined(tensors, torch.float16, **options)
