@@ -47,6 +47,7 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 // A place in shared memory, to which bytes can be added.
 using SharedAddress = const char*;
 inline SharedAddress shared_address(const void* p) { return static_cast<const char*>(p); }
+inline void keep_in_register(SharedAddress) {}
 
 // Loads four 8 x 8 matrices: lanes 8 m to 8 m + 7 have the addresses of the rows of matrix m.
 inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
@@ -95,6 +96,9 @@ using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
+
+// Hides where it came from: the compiler would compute it anew wherever it is used.
+__device__ __forceinline__ void keep_in_register(SharedAddress& p) { asm volatile("" : "+r"(p)); }
 
 template <class E>
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

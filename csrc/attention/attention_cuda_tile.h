@@ -112,7 +112,10 @@ struct Places {
   // Row and chunk of the first 16 x 16.
   __device__ __forceinline__ Places(const E* matrix, int r, int c) {
 #pragma unroll
-    for (int d = 0; d < D / 16; ++d) at[d] = shared_address(matrix + place_of<D>(r, 2 * d + c));
+    for (int d = 0; d < D / 16; ++d) {
+      at[d] = shared_address(matrix + place_of<D>(r, 2 * d + c));
+      keep_in_register(at[d]);
+    }
   }
   // Those for products of other rows with these, and those for products over these.
   __device__ __forceinline__ static Places across(const E* matrix) {
