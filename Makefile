@@ -70,6 +70,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.report benchmarks/results benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.headline benchmarks/results README.md
 	$(BIN)/python -m benchmarks.predict_attention benchmarks/PREDICTED.md
+	$(BIN)/python -m benchmarks.predict_cuda benchmarks/PREDICTED_CUDA.md
 	$(BIN)/python -m benchmarks.regressions build/before benchmarks/results
 
 # Trains each trainer by the kernels and by plain PyTorch, and adds to the results how their losses go; half an hour.

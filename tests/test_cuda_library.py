@@ -6,22 +6,17 @@ Registers, local memory and instructions are read from its code by cuobjdump, wh
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
+from benchmarks.cuda_resources import LIBRARY, Kernel, dumped, instructions, listings, resources
 from nlpfast import dispatch, native
 from nlpfast.ops.cross_entropy import cuda
 
 pytestmark = pytest.mark.skipif(
     not native.build_info().get("cuda"), reason="the native library was built without nvcc"
 )
-LIBRARY = native.FOLDER / "libnlpfast_cuda.so"
 ARCHITECTURES = ("sm_80", "sm_90a")
 OPERATIONS = (
     *("cuda_cross_entropy_forward", "cuda_cross_entropy_backward", "cuda_attention_forward"),
@@ -71,72 +66,25 @@ KERNELS = {
 }
 
 
-class Kernel(NamedTuple):
-    """A kernel in the library.
-
-    Attributes:
-        arch: sm_80 or another.
-        source: the op.
-        name: of the function.
-        numbers: what it is compiled for, truths too.
-    """
-
-    arch: str
-    source: str
-    name: str
-    numbers: tuple[int, ...]
-
-    @property
-    def vectors(self) -> bool:
-        """Whether it reads 16 bytes at once."""
-        if self.source == "cross_entropy":
-            return self.numbers[0] > 1
-        return self.source == "attention" or bool(self.numbers and self.numbers[-1])
-
-    @property
-    def accesses(self) -> tuple[str, ...]:
-        """The instructions with which it moves vectors, if it does."""
-        if self.source == "attention":
-            return "LDGSTS", "STG"
-        # of attention at pairs numbers and places are written, but for the gradients
-        return ("LDG",) if self.source == "alignment_loss" and self.name != "backward" else ("LDG", "STG")
-
-    @property
-    def registers(self) -> int:
-        """How many it may have."""
-        keys = self.numbers[1:2] if self.source == "attention" else ()
-        return REGISTERS[(self.source, self.name, *keys)]
+def wanted_of(kernel: Kernel) -> int:
+    """How many registers it may have."""
+    keys = kernel.numbers[1:2] if kernel.source == "attention" else ()
+    return REGISTERS[(kernel.source, kernel.name, *keys)]
 
 
-@cache
-def dumped(*options: str) -> str:
-    """What cuobjdump says of the library."""
-    package = find_spec("triton")
-    assert package is not None and package.origin is not None
-    program = Path(package.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([program, *options, LIBRARY], capture_output=True, text=True, check=True)
-    return done.stdout
+def reads_vectors(kernel: Kernel) -> bool:
+    """Whether it reads 16 bytes at once."""
+    if kernel.source == "cross_entropy":
+        return kernel.numbers[0] > 1
+    return kernel.source == "attention" or bool(kernel.numbers and kernel.numbers[-1])
 
 
-def kernel_of(arch: str, mangled: str) -> Kernel:
-    """What a mangled name says."""
-    found = re.search(r"_\d+_([a-z_]+)_cuda_cu_.*?\d([a-z_]+)(?:I(.+)Ev|E)NS", mangled)
-    assert found is not None, mangled
-    numbers = re.findall(r"L[ib](\d+)E", found[3] or "")
-    return Kernel(arch, found[1], found[2], tuple(map(int, numbers)))
-
-
-def resources() -> Iterator[tuple[Kernel, dict[str, int]]]:
-    """Each kernel with its resources."""
-    arch, name = "", ""
-    for line in dumped("--dump-resource-usage").splitlines():
-        if found := re.search(r"arch = (\S+)", line):
-            arch = found[1]
-        elif found := re.search(r"Function (\S+):", line):
-            name = found[1]
-        elif "REG:" in line:
-            used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-            yield kernel_of(arch, name), used
+def accesses(kernel: Kernel) -> tuple[str, ...]:
+    """The instructions with which it moves vectors, if it does."""
+    if kernel.source == "attention":
+        return "LDGSTS", "STG"
+    # of attention at pairs numbers and places are written, but for the gradients
+    return ("LDG",) if kernel.source == "alignment_loss" and kernel.name != "backward" else ("LDG", "STG")
 
 
 def test_it_loads_without_a_device() -> None:
@@ -174,7 +122,7 @@ def test_resources(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
         for kernel, used in sorted(found, key=str):
             print(*kernel, f"{used['REG']} registers, {used['STACK']} bytes of stack")
     for kernel, used in found:
-        assert used["REG"] <= kernel.registers, (kernel, used)
+        assert used["REG"] <= wanted_of(kernel), (kernel, used)
         # nothing is spilled, and no array is in local memory
         assert used["STACK"] == used["LOCAL"] == 0, (kernel, used)
 
@@ -183,14 +131,13 @@ def test_resources(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_instructions(arch: str) -> None:
     """Memory is read and written in vectors, products are of matrices, and there are no atomics."""
     counted: Counter[tuple[str, str]] = Counter()
-    for part in dumped("-sass", "-arch", arch).split("Function : ")[1:]:
-        kernel = kernel_of(arch, part.split()[0])
+    for kernel, code in listings(arch):
         counted[kernel.source, kernel.name] += 1
-        names = set(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", part, re.MULTILINE))
+        names = set(instructions(code))
         assert names and not [name for name in names if name.startswith(("ATOM", "RED."))], kernel
-        for kind in kernel.accesses:
+        for kind in accesses(kernel):
             wide = [name for name in names if name.startswith(f"{kind}.") and "128" in name]
-            assert bool(wide) == kernel.vectors, (kernel, kind, names)
+            assert bool(wide) == reads_vectors(kernel), (kernel, kind, names)
         if kernel.source == "attention":
             assert any(name.startswith("HMMA.16816.F32") for name in names), kernel
             assert any(name.startswith("LDSM.16.M88.4") for name in names), kernel
