@@ -38,8 +38,10 @@ RATES = {
     "instructions": (0.93e12, "a warp's instructions", "four a clock on each of 132 multiprocessors"),
 }
 REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 233472
-# Of cross entropy's listing: of eight numbers in 16 bits maximum, sum and gradient, of four in 32, and of a row.
+# Of cross entropy's listing: for eight numbers of 16 bits maximum, sum and gradient; four of 32; and a row.
 OF_PIECE, OF_ROW = {2: 33 + 40 + 47, 4: 14 + 16 + 19}, 300
+# More for each where rows begin anywhere: shifted at both readings, exchanged and shifted to be written.
+OF_ANYWHERE = 2 * 20 + 45
 HEADINGS = (
     *(
         "case",
@@ -152,7 +154,8 @@ def losses(case: bench_cross_entropy.Case) -> Iterator[Launch]:
     sizes = ((128, 1), (128, 4), (256, 8), (512, 8), (1024, 8))
     whole = next((x for x in sizes if x[0] * x[1] * vectors >= V), None)
     threads = 1024 if whole is None else whole[0]
-    numbers = (vectors, 1024) if whole is None else (vectors, *whole)
+    anywhere = whole is None and vectors == 1
+    numbers = (per, 1024, int(anywhere)) if whole is None else (vectors, *whole)
     copy = 2 * N * V * size / RATES["memory"][0]
     yield Launch(
         case.name,
@@ -163,7 +166,7 @@ def losses(case: bench_cross_entropy.Case) -> Iterator[Launch]:
         rounds=(N * threads / 32,),
         in_flight=min(V * size, threads * numbers[0] * size * (4 if whole is None else whole[1])),
         exps=2 * N * V,
-        instructions=(OF_PIECE[size] * V / per / threads + OF_ROW,),
+        instructions=((OF_PIECE[size] + anywhere * OF_ANYWHERE) * V / per / threads + OF_ROW,),
         goal="loss",
         limit=copy / 0.9,
     )

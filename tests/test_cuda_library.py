@@ -31,13 +31,14 @@ OPERATIONS = (
 )
 
 # Registers of a thread, at most, by the source, the kernel and what it is compiled for. Of cross entropy, 64
-# leave two blocks of 512 threads, or one of 1,024, on a multiprocessor, and 32 all of its 2,048 threads; of
-# attention forward, 128 leave four blocks and 168 three where there are at most 64 or 128 keys; of attention
-# at pairs, 80 leave six blocks.
+# leave two blocks of 512 threads, or one of 1,024, on a multiprocessor, and 32 all 2,048 threads, 48 for
+# rows that begin anywhere 1,280; of attention forward, 128 leave four blocks and 168 three where there are at
+# most 64 or 128 keys; of attention at pairs, 80 leave six blocks.
 REGISTERS: dict[tuple[str | int, ...], int] = {
     ("cross_entropy", "whole_row"): 64,
     ("cross_entropy", "long_row"): 64,
-    ("cross_entropy", "gradient_row"): 32,
+    ("cross_entropy", "gradient_row", 0): 32,
+    ("cross_entropy", "gradient_row", 1): 48,
     ("add_layer_norm", "forward"): 128,
     ("add_layer_norm", "backward"): 128,
     ("alignment_loss", "forward"): 80,
@@ -69,6 +70,8 @@ KERNELS = {
 def wanted_of(kernel: Kernel) -> int:
     """How many registers it may have."""
     keys = kernel.numbers[1:2] if kernel.source == "attention" else ()
+    if kernel.name == "gradient_row":
+        keys = kernel.numbers[-1:]
     return REGISTERS[(kernel.source, kernel.name, *keys)]
 
 

@@ -13,8 +13,9 @@
 // whose target is far above all others. A piece that holds the target, or the class without mass, is looked at class by
 // class; the gradients of both are put right when the others are written.
 //
-// A piece is 16 bytes where rows begin at multiples of 16 bytes, and one element elsewhere. Sums are added in an order
-// that depends on V and on the piece alone. There are no atomics.
+// A piece is 16 bytes where rows begin at multiples of 16 bytes. Where they begin anywhere, as with an odd number of
+// classes, it is one element in a short row, and in a long one 16 bytes that are put together out of two (Unaligned).
+// Sums are added in an order that depends on V and on the piece alone. There are no atomics.
 //
 // Legend: B sequences, T rows of each, V classes.
 #include "../cuda_launch.h"
@@ -40,12 +41,12 @@ void forward(const Problem& p, unsigned rows) {
   if (pieces <= 2048) return launch_forward<E, PER, 256, 8>(p, rows);
   if (pieces <= 4096) return launch_forward<E, PER, 512, 8>(p, rows);
   if (pieces <= 8192) return launch_forward<E, PER, 1024, 8>(p, rows);
-  launch<&long_row<E, PER, LONG_THREADS>>({rows}, {LONG_THREADS}, SCRATCH, p);
+  launch<&long_row<E, PER_VECTOR<E>, LONG_THREADS, PER == 1>>({rows}, {LONG_THREADS}, SCRATCH, p);
 }
 
 template <class E, int PER>
 void backward(const Problem& p, unsigned rows) {
-  launch<&gradient_row<E, PER, GRADIENT_THREADS>>({rows}, {GRADIENT_THREADS}, 0, p);
+  launch<&gradient_row<E, PER_VECTOR<E>, GRADIENT_THREADS, PER == 1>>({rows}, {GRADIENT_THREADS}, 0, p);
 }
 
 // Whether the rows begin at multiples of 16 bytes, and end there.

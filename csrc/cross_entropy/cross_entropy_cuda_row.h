@@ -1,7 +1,7 @@
 // The CUDA kernels of cross entropy (see cross_entropy_cuda.cu).
 #pragma once
 
-#include "../cuda_device.h"
+#include "../cuda_unaligned.h"
 
 namespace nlpfast::cuda {
 namespace {
@@ -69,15 +69,16 @@ struct Row {
         at_pad(p.pad_index < 0 ? NAN : to_float(x[p.pad_index])),
         origin(fabsf(at_target) < INFINITY ? at_target : 0.0f) {}
 
-  // Takes a piece of the classes from `first` on into account, and leaves -inf at the target's place.
+  // Takes a piece of the classes from `first` on into account, and leaves -inf at the target's place. The piece may go
+  // on behind the row's `end`, where it gets -inf too.
   template <class E, int PER>
-  __device__ __forceinline__ void see(Piece<E, PER>& piece, int first, int pad_index, Seen& seen) const {
+  __device__ __forceinline__ void see(Piece<E, PER>& piece, int first, int end, int pad_index, Seen& seen) const {
     const bool special = static_cast<unsigned>(at - first) < PER || static_cast<unsigned>(pad_index - first) < PER;
-    if (special) {
+    if (special || first + PER > end) {
 #pragma unroll
       for (int j = 0; j < PER; ++j) {
         const float value = piece.get(j);
-        if (first + j == at) {
+        if (first + j == at || first + j >= end) {
           piece.set(j, -INFINITY);
           continue;
         }
@@ -129,10 +130,37 @@ __device__ __forceinline__ void store(const Problem& p, unsigned row, float loss
   p.statistics[2 * size_t{row}] = top, p.statistics[2 * size_t{row} + 1] = others;
 }
 
-template <class E, int PER>
+// Calls f(piece, first) for each piece of a row's classes, and writes what f makes of it. `to` is `from`, or no thread
+// reads there. Rows are those of `Unaligned`, or begin at multiples of a piece.
+template <bool UNALIGNED, class E, int PER, class F>
+__device__ __forceinline__ void rewrite(E* from, E* to, int V, F f) {
+  if constexpr (UNALIGNED) {
+    const Unaligned<E> source(from, V), target(to, V);
+    // all lanes of a warp go round as often
+    for (int base = static_cast<int>(threadIdx.x / WARP_SIZE * WARP_SIZE) * PER; base < V; base += blockDim.x * PER) {
+      const int first = base + static_cast<int>(threadIdx.x % WARP_SIZE) * PER;
+      Piece<E, PER> piece{};
+      if (first < V) source.load(piece, first), f(piece);
+      target.store(piece, first);
+    }
+  } else {
+    for (int v = threadIdx.x * PER; v < V; v += blockDim.x * PER) {
+      Piece<E, PER> piece;
+      piece.load(from + v);
+      f(piece);
+      piece.store(to + v);
+    }
+  }
+}
+
+template <bool UNALIGNED, class E, int PER>
 __device__ __forceinline__ void store_zeros(E* gradient, int V) {
-  const Piece<E, PER> zeros{};
-  for (int v = threadIdx.x * PER; v < V; v += blockDim.x * PER) zeros.store(gradient + v);
+  if constexpr (UNALIGNED) {
+    rewrite<true, E, PER>(gradient, gradient, V, [](Piece<E, PER>& piece) { piece = {}; });
+  } else {
+    const Piece<E, PER> zeros{};
+    for (int v = threadIdx.x * PER; v < V; v += blockDim.x * PER) zeros.store(gradient + v);
+  }
 }
 
 // Stores the gradients of the target and of the class without mass, when those of the others are stored.
@@ -164,7 +192,7 @@ __global__ void __launch_bounds__(THREADS) whole_row(Problem p) {
   const int64_t target = p.target[number];
   if (target == p.ignore_index) {
     store(p, number, 0.0f, 0.0f, false, 0.0f, 0.0f);
-    if (gradient) store_zeros<E, PER>(gradient, p.V);
+    if (gradient) store_zeros<false, E, PER>(gradient, p.V);
     return;
   }
   Piece<E, PER> piece[PIECES];
@@ -178,7 +206,7 @@ __global__ void __launch_bounds__(THREADS) whole_row(Problem p) {
 #pragma unroll
   for (int i = 0; i < PIECES; ++i) {
     const int first = (i * THREADS + threadIdx.x) * PER;
-    if (first < p.V) row.see(piece[i], first, p.pad_index, seen);
+    if (first < p.V) row.see(piece[i], first, p.V, p.pad_index, seen);
   }
   float largest[1] = {seen.largest};
   over_block<Maximum>(largest, scratch);
@@ -211,31 +239,38 @@ __global__ void __launch_bounds__(THREADS) whole_row(Problem p) {
                 exp_from(row.at_pad, base) * factor);
 }
 
-template <class E, int PER, int THREADS>
+template <class E, int PER, int THREADS, bool UNALIGNED>
 __global__ void __launch_bounds__(THREADS) long_row(Problem p) {
-  constexpr int AHEAD = PER == 1 ? 8 : 4;
+  constexpr int AHEAD = 4;
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const unsigned number = blockIdx.x, b = number / p.T, t = number % p.T;
-  const E* x = row_of<E>(p.x, b, t);
+  E* x = row_of<E>(p.x, b, t);
   E* gradient = p.gradient.data ? row_of<E>(p.gradient, b, t) : nullptr;
   const int64_t target = p.target[number];
   if (target == p.ignore_index) {
     store(p, number, 0.0f, 0.0f, false, 0.0f, 0.0f);
-    if (gradient) store_zeros<E, PER>(gradient, p.V);
+    if (gradient) store_zeros<UNALIGNED, E, PER>(gradient, p.V);
     return;
   }
   const Row row(p, x, target);
+  const Unaligned<E> source(x, p.V);
   Seen seen;
   float sum = 0.0f;
   for (int begin = threadIdx.x * PER; begin < p.V; begin += AHEAD * THREADS * PER) {
     Piece<E, PER> piece[AHEAD];
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-      if (begin + i * THREADS * PER < p.V) piece[i].load(x + begin + i * THREADS * PER);
+    for (int i = 0; i < AHEAD; ++i) {
+      const int first = begin + i * THREADS * PER;
+      if (first >= p.V) continue;
+      if constexpr (UNALIGNED)
+        source.load(piece[i], first);
+      else
+        piece[i].load(x + first);
+    }
     const float before = seen.largest;
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
-      if (begin + i * THREADS * PER < p.V) row.see(piece[i], begin + i * THREADS * PER, p.pad_index, seen);
+      if (begin + i * THREADS * PER < p.V) row.see(piece[i], begin + i * THREADS * PER, p.V, p.pad_index, seen);
     const float base = finite(seen.largest);
     sum *= exp_from(before, base);
 #pragma unroll
@@ -256,20 +291,17 @@ __global__ void __launch_bounds__(THREADS) long_row(Problem p) {
   store(p, number, losses.loss, losses.nll, correct, losses.top, losses.others);
   if (!gradient) return;
   const float scale = *p.scale, factor = scale * losses.weight, level = scale * p.on_other;
-  // no thread reads what another writes: both have the same classes
-  for (int v = threadIdx.x * PER; v < p.V; v += THREADS * PER) {
-    Piece<E, PER> piece;
-    piece.load(x + v);
+  // no thread takes what another writes: both have the same classes
+  rewrite<UNALIGNED, E, PER>(x, gradient, p.V, [=](Piece<E, PER>& piece) {
     piece.change([=](float value) { return exp_from(value, base) * factor - level; });
-    piece.store(gradient + v);
-  }
+  });
   store_special(p, row, gradient, scale * (p.off_target - sums[0] * losses.weight),
                 exp_from(row.at_pad, base) * factor);
 }
 
 // The gradient for the upstream gradient that came. Where forward has written it, for `scale`, and the row's upstream
 // gradient is that very number, the block returns at once: nobody on the CPU has to know.
-template <class E, int PER, int THREADS>
+template <class E, int PER, int THREADS, bool UNALIGNED>
 __global__ void __launch_bounds__(THREADS) gradient_row(Problem p) {
   const unsigned number = blockIdx.x, b = number / p.T, t = number % p.T;
   const float upstream = p.upstream[b * p.upstream_batch + t * p.upstream_row];
@@ -277,30 +309,23 @@ __global__ void __launch_bounds__(THREADS) gradient_row(Problem p) {
   if (p.scale && __float_as_uint(upstream) == __float_as_uint(*p.scale)) return;
   E* gradient = row_of<E>(p.gradient, b, t);
   const int64_t target = p.target[number];
-  if (target == p.ignore_index) return store_zeros<E, PER>(gradient, p.V);
+  if (target == p.ignore_index) return store_zeros<UNALIGNED, E, PER>(gradient, p.V);
   if (p.rescale) {
     const float factor = upstream / *p.scale;
-    for (int v = threadIdx.x * PER; v < p.V; v += THREADS * PER) {
-      Piece<E, PER> piece;
-      piece.load(gradient + v);
+    return rewrite<UNALIGNED, E, PER>(gradient, gradient, p.V, [=](Piece<E, PER>& piece) {
       piece.change([=](float value) { return value * factor; });
-      piece.store(gradient + v);
-    }
-    return;
+    });
   }
-  const E* x = row_of<E>(p.x, b, t);
+  E* x = row_of<E>(p.x, b, t);
   const Row row(p, x, target);
   const float top = p.statistics[2 * size_t{number}], others = p.statistics[2 * size_t{number} + 1];
   const float total = normalizer(row.at_target, top, others);
   const float factor = upstream / total, level = upstream * p.on_other;
   // all have read the target's logit before one of them writes over it
   __syncthreads();
-  for (int v = threadIdx.x * PER; v < p.V; v += THREADS * PER) {
-    Piece<E, PER> piece;
-    piece.load(x + v);
+  rewrite<UNALIGNED, E, PER>(x, gradient, p.V, [=](Piece<E, PER>& piece) {
     piece.change([=](float value) { return exp_from(value, top) * factor - level; });
-    piece.store(gradient + v);
-  }
+  });
   store_special(p, row, gradient, upstream * (p.off_target - others / total), exp_from(row.at_pad, top) * factor);
 }
 
