@@ -167,7 +167,10 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
         results = _results(_function(case, name, settings, target), rows, weight)
         found[name] = {key: (y.double() - exact[key]).abs().max().item() for key, y in results.items()}
     if OURS in found:
-        check_errors(case.name, found[OURS], found[EAGER])
+        # a single number can be right by chance: half a unit in its last place is no error of eager's
+        last = torch.finfo(torch.float32).eps * exact["loss"].abs().item() / 2
+        limits = {**found[EAGER], "loss": max(found[EAGER]["loss"], last)}
+        check_errors(case.name, found[OURS], limits)
     return {name: found[name] for name in found if name in implementations}
 
 
