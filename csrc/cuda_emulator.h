@@ -205,6 +205,17 @@ inline void wait_for_copies(size_t pending) {
       copy.zero ? std::memset(copy.to, 0, 16) : std::memcpy(copy.to, copy.from, 16);
 }
 
+// Launches that are written down instead of run, for tests of what launches them at sizes that would take for ever.
+struct Recorder {
+  bool on = false;
+  std::vector<uint64_t> launched;  // of each the grid's three sizes, the block's three, and bytes of shared memory
+};
+
+inline Recorder& recorder() {
+  static Recorder recorder;
+  return recorder;
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
   Machine& m = machine();
@@ -212,6 +223,12 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arg
   if (!threads || threads > MAX_THREADS || !grid.x || grid.x > MAX_GRID_X || !grid.y || grid.y > MAX_GRID_YZ ||
       !grid.z || grid.z > MAX_GRID_YZ || shared > MOST_SHARED)
     throw std::runtime_error("no GPU can launch such a grid");
+  if (recorder().on) {
+    for (const uint64_t number : {uint64_t{grid.x}, uint64_t{grid.y}, uint64_t{grid.z}, uint64_t{block.x},
+                                  uint64_t{block.y}, uint64_t{block.z}, uint64_t{shared}})
+      recorder().launched.push_back(number);
+    return;
+  }
   if (!m.stacks)
     m.stacks = static_cast<char*>(
         mmap(nullptr, STACK * MAX_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
@@ -229,6 +246,19 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arg
 }
 
 }  // namespace nlpfast::cuda::emulator
+
+// For ctypes: begins to record, or ends; and how many numbers there are, of which as many are written as there is room
+// for.
+extern "C" {
+inline __attribute__((used, visibility("default"))) void nlpfast_record_launches(bool on) {
+  nlpfast::cuda::emulator::recorder() = {on, {}};
+}
+inline __attribute__((used, visibility("default"))) size_t nlpfast_recorded(uint64_t* to, size_t room) {
+  const auto& launched = nlpfast::cuda::emulator::recorder().launched;
+  for (size_t i = 0; i < launched.size() && i < room; ++i) to[i] = launched[i];
+  return launched.size();
+}
+}
 
 inline void __syncthreads() {
   auto& m = nlpfast::cuda::emulator::machine();
