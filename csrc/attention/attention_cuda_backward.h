@@ -69,16 +69,17 @@ __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Head& 
   const int least = head.least_of(p, i0), most = head.most_of(p, i0);
   const int limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
   float s[K_TILES][4], ds[TWICE ? 2 : K_TILES][4], maximum[2], total[2], shift[2] = {0.0f, 0.0f};
-  multiply_keys<E, D, KEYS>(s, q + warp * TILE * D, Places<E, D>::across(k), most);
+  multiply_keys<E, D, KEYS>(s, Left<E, D>(q + warp * TILE * D), Places<E, D>::across(k), most);
   exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
   const float inverse[2] = {total[0] == 0.0f ? 0.0f : 1.0f / total[0], total[1] == 0.0f ? 0.0f : 1.0f / total[1]};
   const Left<E, D> upstream(grad + warp * TILE * D);
   const auto values = Places<E, D>::across(v), keys = Places<E, D>::down(k);
+  if constexpr (!TWICE) multiply_keys<E, D, KEYS>(ds, upstream, values, most);
 #pragma unroll
   for (int j = 0; j < K_TILES; j += 2) {
     if (j * 8 >= most) continue;
     const int kept = TWICE ? 0 : j;
-    upstream.multiply_keys(ds[kept], ds[kept + 1], values, j);
+    if constexpr (TWICE) upstream.multiply_keys(ds[0], ds[1], values, j);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll

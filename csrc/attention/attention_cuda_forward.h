@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
       const int limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
       const int least = head.least_of(p, i0), most = head.most_of(p, i0);
       float s[K_TILES][4], maximum[2], total[2];
-      multiply_keys<E, D, KEYS>(s, tile, k, most);
+      multiply_keys<E, D, KEYS>(s, Left<E, D>(tile), k, most);
       exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
       if (p.dropping.threshold) {
 #pragma unroll

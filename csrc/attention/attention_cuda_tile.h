@@ -158,18 +158,21 @@ struct Left {
   }
 };
 
-// Products of 16 rows with the first keys, 16 at a time, as long as there are any below `most`.
+// Products of 16 rows with the first keys, 32 at a time, as long as there are any below `most`: so many products are
+// under way together.
 template <class E, int D, int KEYS>
-__device__ __forceinline__ void multiply_keys(float (&s)[KEYS / 8][4], const E* rows, const Places<E, D>& keys,
+__device__ __forceinline__ void multiply_keys(float (&s)[KEYS / 8][4], const Left<E, D>& left, const Places<E, D>& keys,
                                               int most) {
-  const Left<E, D> left(rows);
 #pragma unroll
-  for (int j = 0; j < KEYS / 8; j += 2) {
+  for (int j = 0; j < KEYS / 8; j += 4) {
     if (j * 8 < most) {
       left.multiply_keys(s[j], s[j + 1], keys, j);
+      left.multiply_keys(s[j + 2], s[j + 3], keys, j + 2);
     } else {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[j][e] = s[j + 1][e] = 0.0f;
+      for (int i = j; i < j + 4; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[i][e] = 0.0f;
     }
   }
 }
