@@ -2,7 +2,7 @@
 
 Shapes are (N, C): rows and channels. The dtype is that of what is added; the residual is float32, and the
 norm has the dtype of the linear layer that reads it. `copy` moves the bytes that a step must: inputs and
-outputs once each way.
+outputs once each way. On a GPU all of it counts as a forward pass.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from torch import Tensor
 import nlpfast
 from nlpfast import dispatch
 
+from .compiled import unavailable
 from .measure import Settings, check_errors
+
+__all__ = ["unavailable"]
 
 OP = "add_layer_norm"
 OURS = "nlpfast"
-EAGER, COPY = "eager", "copy"
+EAGER, COMPILED, COPY = "eager", "compile", "copy"
 # The strongest rival first: the quick run has time for one.
 PEERS = (EAGER, COPY)
+CUDA_PEERS = (COMPILED, EAGER, COPY)
+CUDA_QUICK_PEERS = 3
 DROPOUT, EPS = 0.1, 1e-5
 
 
@@ -61,6 +66,11 @@ CASES = (
     Case((4096, 768)),
     Case((4096, 768), torch.bfloat16),
 )
+CUDA_CASES = (
+    Case((32768, 768), torch.bfloat16, quick=True),
+    Case((32768, 256), torch.bfloat16, quick=True),
+    Case((32768, 768)),
+)
 
 Function = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -77,34 +87,59 @@ def flops(case: Case) -> float:
     return 20.0 * N * C
 
 
-def unavailable(implementation: str) -> str | None:
-    """Return None: everything runs everywhere."""
+def traffic(case: Case) -> tuple[int, int]:
+    """Return the bytes that a forward and a backward pass must move at the least.
+
+    Forward: what is added and the residual in, their sum and its norm out, and two statistics of a row.
+    Backward: both upstream gradients, sum and statistics in, the gradients of the first two out.
+    """
+    N, C = case.shape
+    return N * C * (2 * case.dtype.itemsize + 8) + 8 * N, N * C * (2 * case.dtype.itemsize + 12) + 8 * N
+
+
+def unserved(case: Case, implementation: str) -> str | None:
+    """Return None: every implementation serves every case."""
     return None
 
 
 def chosen(case: Case, settings: Settings) -> str:
     """Return the name of the backend that serves ours."""
-    residual = torch.empty(1, 8)
+    residual = torch.empty(1, case.shape[1], device=settings.device)
     request = (residual.to(case.dtype), residual, case.dtype)
-    return dispatch.choose(OP, "cpu", settings.backend, request).__name__.rpartition(".")[2]
+    device_type = torch.device(settings.device).type
+    return dispatch.choose(OP, device_type, settings.backend, request).__name__.rpartition(".")[2]
 
 
 class Step:
     """An implementation on inputs of its own."""
 
     def __init__(self, case: Case, implementation: str, settings: Settings) -> None:
-        self.tensors, self.upstream = _inputs(case)
+        self.tensors, self.upstream = _inputs(case, settings.device)
         self.function = _function(case, implementation, case.dropout_p, settings.backend)
         N, C = case.shape
         # part, residual, norm and sum, there and back
         nbytes = 2 * N * C * (2 * case.dtype.itemsize + 2 * 4)
-        self.bytes = torch.empty(2, nbytes // 2, dtype=torch.uint8) if implementation == COPY else None
+        self.bytes = None
+        if implementation == COPY:
+            self.bytes = torch.empty(2, nbytes // 2, dtype=torch.uint8, device=settings.device)
+        self.total: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        """Return the norm, or the copy."""
+        if self.bytes is not None:
+            return self.bytes[0].copy_(self.bytes[1])
+        norm, self.total = self.function(*self.tensors)
+        return norm
+
+    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of the inputs, which for the copy are there."""
+        if self.bytes is not None or self.total is None:
+            return (out,)
+        return torch.autograd.grad((out, self.total), self.tensors, self.upstream)
 
     def step(self) -> tuple[Tensor, ...]:
-        """Return the gradients of the inputs."""
-        if self.bytes is not None:
-            return (self.bytes[0].copy_(self.bytes[1]),)
-        return torch.autograd.grad(self.function(*self.tensors), self.tensors, self.upstream)
+        """Run once."""
+        return self.backward(self.forward())
 
 
 def passes(case: Case, implementation: str, settings: Settings, copies: int) -> list[Any]:
@@ -114,7 +149,7 @@ def passes(case: Case, implementation: str, settings: Settings, copies: int) -> 
 
 def errors(case: Case, implementations: Sequence[str], settings: Settings) -> dict[str, dict[str, float]]:
     """Return the largest errors of results and gradients against float64, without dropout."""
-    tensors, upstream = _inputs(case)
+    tensors, upstream = _inputs(case, settings.device)
     wide = tuple(x.detach().double().requires_grad_() for x in tensors)
     exact = _results(_function(case, EAGER, 0.0, None), wide, tuple(g.double() for g in upstream))
     found = {}
@@ -129,13 +164,13 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
     return {name: found[name] for name in found if name in implementations}
 
 
-def _inputs(case: Case) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+def _inputs(case: Case, device: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
     """Return part, residual, weight and bias, and the upstream gradients of norm and sum."""
     generator = torch.Generator().manual_seed(0)
     N, C = case.shape
 
     def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     tensors = (drawn(N, C, dtype=case.dtype), drawn(N, C), drawn(C), drawn(C))
     return tuple(x.requires_grad_() for x in tensors), (drawn(N, C, dtype=case.dtype), drawn(N, C))
@@ -160,4 +195,8 @@ def _function(case: Case, implementation: str, dropout_p: float, backend: str | 
         norm = F.layer_norm(total, weight.shape, weight, bias, EPS)
         return norm if norm.dtype == torch.float64 else norm.to(case.dtype), total
 
+    if implementation == COMPILED:
+        # otherwise the functions of many cases share one cache, which is limited
+        torch.compiler.reset()
+        return torch.compile(eager, fullgraph=True, dynamic=False)
     return ours if implementation == OURS else eager

@@ -16,12 +16,22 @@ __device__ __forceinline__ uint32_t high_product(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }
 
+// Seed and offset in registers: a kernel reads them once.
+struct Seeds {
+  uint32_t low = 0, high = 0, offset = 0;
+
+  __device__ __forceinline__ explicit Seeds(const Dropping& dropping) {
+    if (!dropping.threshold) return;
+    const uint64_t seed = dropping.seed[0];
+    low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+    offset = static_cast<uint32_t>(dropping.seed[1]);
+  }
+};
+
 // Which of the eight rows 8 `group` to 8 `group` + 7 keep their element in column `column`: a bit each.
-__device__ __forceinline__ uint32_t survivors(const Dropping& dropping, uint32_t column, uint32_t group,
-                                              uint32_t head) {
-  const uint64_t seed = dropping.seed[0];
-  uint32_t c0 = column, c1 = group, c2 = head, c3 = static_cast<uint32_t>(dropping.seed[1]);
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+__device__ __forceinline__ uint32_t survivors(const Dropping& dropping, const Seeds& seeds, uint32_t column,
+                                              uint32_t group, uint32_t head) {
+  uint32_t c0 = column, c1 = group, c2 = head, c3 = seeds.offset, k0 = seeds.low, k1 = seeds.high;
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint32_t h0 = high_product(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;

@@ -69,9 +69,10 @@ struct Columns {
 struct Kept {
   uint32_t bits[COLUMNS];
 
-  __device__ __forceinline__ Kept(const Dropping& dropping, int c, unsigned group) {
+  __device__ __forceinline__ Kept(const Dropping& dropping, const Seeds& seeds, int c, unsigned group) {
 #pragma unroll
-    for (int j = 0; j < COLUMNS; ++j) bits[j] = dropping.threshold ? survivors(dropping, c + j, group, 0) : 0xffu;
+    for (int j = 0; j < COLUMNS; ++j)
+      bits[j] = dropping.threshold ? survivors(dropping, seeds, c + j, group, 0) : 0xffu;
   }
   __device__ __forceinline__ float factor(const Dropping& dropping, int row, int j) const {
     return bits[j] >> row & 1 ? dropping.factor : 0.0f;
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(MAX_CHANNELS / COLUMNS) forward(Problem p) {
   const int c = threadIdx.x * COLUMNS;
   // channels of this thread
   const int count = p.C - c < 0 ? 0 : p.C - c < COLUMNS ? p.C - c : COLUMNS;
-  const Kept kept(p.dropping, c, group);
+  const Kept kept(p.dropping, Seeds(p.dropping), c, group);
   for (int begin = 0; begin < GROUP; begin += FORWARD_ROWS) {
     const int64_t first = static_cast<int64_t>(group) * GROUP + begin;
     Columns<Part, VECTORS> part[FORWARD_ROWS];
@@ -156,10 +157,11 @@ __global__ void __launch_bounds__(MAX_CHANNELS / COLUMNS) backward(Problem p) {
   const int count = p.C - c < 0 ? 0 : p.C - c < COLUMNS ? p.C - c : COLUMNS;
   float weight[COLUMNS], d_weight[COLUMNS] = {}, d_bias[COLUMNS] = {};
   load_floats(weight, p.weight, c, count);
+  const Seeds seeds(p.dropping);
   // all threads of a block go round as often
   for (unsigned base = blockIdx.x * blockDim.y; base < p.groups; base += gridDim.x * blockDim.y) {
     const unsigned group = base + threadIdx.y;
-    const Kept kept(p.dropping, c, group);
+    const Kept kept(p.dropping, seeds, c, group);
     for (int begin = 0; begin < GROUP; begin += BACKWARD_ROWS) {
       const int64_t first = static_cast<int64_t>(group) * GROUP + begin;
       Columns<Out, VECTORS> slope[BACKWARD_ROWS];

@@ -61,9 +61,9 @@ __device__ __forceinline__ void lay_out(const PairSlopes& added, const Problem& 
 // What a warp does for its 16 queries, those from i0 on of head h: their dQ, and what the keys need of them. `added` is
 // a table of slopes to be added, where PAIRS is true.
 template <class E, int D, int KEYS, bool TWICE, bool PAIRS>
-__device__ __forceinline__ void slopes_of_queries(const Problem& p, const Head& head, int h, int i0, const E* q,
-                                                  const E* grad, const E* k, const E* v, E* weights, E* slopes,
-                                                  const float* added) {
+__device__ __forceinline__ void slopes_of_queries(const Problem& p, const Seeds& seeds, const Head& head, int h, int i0,
+                                                  const E* q, const E* grad, const E* k, const E* v, E* weights,
+                                                  E* slopes, const float* added) {
   constexpr int K_TILES = KEYS / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int least = head.least_of(p, i0), most = head.most_of(p, i0);
@@ -86,7 +86,7 @@ __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Head& 
       for (int e = 0; e < 4; ++e) s[j + half][e] *= inverse[e / 2];
     // the weight itself is dropped later: its sign remembers that
     if (p.dropping.threshold)
-      for_dropped(p.dropping, static_cast<unsigned>(head.b * p.H + h), i0, j,
+      for_dropped(p.dropping, seeds, static_cast<unsigned>(head.b * p.H + h), i0, j,
                   [&](int tile, int e) { s[tile][e] = -s[tile][e]; });
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
     close_copies();
   };
 
+  const Seeds seeds(p.dropping);
   int rows_stage = 0, keys_stage = 0;
   for (unsigned number = blockIdx.x; number < p.heads; number += gridDim.x, ++keys_stage) {
     const Head head(p, number, p.H / p.group);
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
       const E *q = rows_of(rows_stage), *grad = q + KEYS * D;
       if constexpr (PAIRS) lay_out<KEYS>(added, p, head, h, i0, table);
       if (i0 < head.queries)
-        slopes_of_queries<E, D, KEYS, TWICE, PAIRS>(p, head, h, i0, q, grad, k, v, weights, slopes, table);
+        slopes_of_queries<E, D, KEYS, TWICE, PAIRS>(p, seeds, head, h, i0, q, grad, k, v, weights, slopes, table);
       __syncthreads();
       if constexpr (ONE) clear(dk), clear(dv);
       add_queries<E, D, KEYS>(p, head, begin, q, grad, weights, slopes, dk, dv);

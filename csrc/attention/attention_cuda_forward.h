@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
     close_copies();
   };
 
+  const Seeds seeds(p.dropping);
   start_keys(blockIdx.x, 0);
   int stage = 0;
   for (unsigned number = blockIdx.x; number < p.heads; number += gridDim.x, stage ^= 1) {
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
       if (p.dropping.threshold) {
 #pragma unroll
         for (int j = 0; j < K_TILES; j += 2)
-          if (j * 8 < most) for_dropped(p.dropping, number, i0, j, [&](int tile, int e) { s[tile][e] = 0.0f; });
+          if (j * 8 < most) for_dropped(p.dropping, seeds, number, i0, j, [&](int tile, int e) { s[tile][e] = 0.0f; });
       }
       float o[D / 8][4] = {};
 #pragma unroll

@@ -247,10 +247,12 @@ __device__ __forceinline__ void exponentials(float (&s)[KEYS / 8][4], int least,
 
 // Calls f(j, e) for what dropout takes away of 16 rows from i0 on and the keys of tiles j and j + 1.
 template <class F>
-__device__ __forceinline__ void for_dropped(const Dropping& dropping, unsigned head, int i0, int j, F f) {
+__device__ __forceinline__ void for_dropped(const Dropping& dropping, const Seeds& seeds, unsigned head, int i0, int j,
+                                            F f) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   // lane c decides for key c of 16 and rows 0 to 7, lane 16 + c for rows 8 to 15
-  const uint32_t bits = survivors(dropping, j * 8 + lane % 16, static_cast<uint32_t>(i0 / GROUP + lane / 16), head);
+  const uint32_t bits =
+      survivors(dropping, seeds, j * 8 + lane % 16, static_cast<uint32_t>(i0 / GROUP + lane / 16), head);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
