@@ -157,11 +157,11 @@ __global__ void __launch_bounds__(MAX_CHANNELS / COLUMNS) backward(Problem p) {
   const int count = p.C - c < 0 ? 0 : p.C - c < COLUMNS ? p.C - c : COLUMNS;
   float weight[COLUMNS], d_weight[COLUMNS] = {}, d_bias[COLUMNS] = {};
   load_floats(weight, p.weight, c, count);
-  const Seeds seeds(p.dropping);
   // all threads of a block go round as often
   for (unsigned base = blockIdx.x * blockDim.y; base < p.groups; base += gridDim.x * blockDim.y) {
     const unsigned group = base + threadIdx.y;
-    const Kept kept(p.dropping, seeds, c, group);
+    // the seeds once a group: in registers meanwhile they would cost a block
+    const Kept kept(p.dropping, Seeds(p.dropping), c, group);
     for (int begin = 0; begin < GROUP; begin += BACKWARD_ROWS) {
       const int64_t first = static_cast<int64_t>(group) * GROUP + begin;
       Columns<Out, VECTORS> slope[BACKWARD_ROWS];
