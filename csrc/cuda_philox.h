@@ -16,7 +16,7 @@ __device__ __forceinline__ uint32_t high_product(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }
 
-// Seed and offset in registers: a kernel reads them once.
+// Seed and offset in registers, for several calls.
 struct Seeds {
   uint32_t low = 0, high = 0, offset = 0;
 

@@ -29,7 +29,6 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
     close_copies();
   };
 
-  const Seeds seeds(p.dropping);
   start_keys(blockIdx.x, 0);
   int stage = 0;
   for (unsigned number = blockIdx.x; number < p.heads; number += gridDim.x, stage ^= 1) {
@@ -68,6 +67,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
       multiply_keys<E, D, KEYS>(s, Left<E, D>(tile), k, most);
       exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
       if (p.dropping.threshold) {
+        const Seeds seeds(p.dropping);
 #pragma unroll
         for (int j = 0; j < K_TILES; j += 2)
           if (j * 8 < most) for_dropped(p.dropping, seeds, number, i0, j, [&](int tile, int e) { s[tile][e] = 0.0f; });
