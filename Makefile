@@ -98,7 +98,8 @@ sanitize: $(INSTALLED)
 	$(WATCHED) $(BIN)/pytest tests/ops
 
 soak: $(INSTALLED)
-	$(BIN)/python -m pytest tests/ops tests/train --hypothesis-profile=soak -k 'any_call or kills_at_any_instant'
+	$(BIN)/python -m pytest tests/ops tests/train tests/test_triton_resources.py --hypothesis-profile=soak \
+		-k 'any_call or kills_at_any_instant or every_configuration'
 
 # Uses PYTHON as it is, with torch and triton: no virtual environment and no network. The native library is built for
 # this device if there is what that takes; without, Triton's kernels are tested and measured alone. Most of the time

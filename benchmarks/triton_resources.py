@@ -107,13 +107,14 @@ class NoDevice:
         return 0
 
 
-def compile_all(op: str, arch: int, calls: Iterable[NamedCall]) -> Iterator[Row]:
+def compile_all(op: str, arch: int, calls: Iterable[NamedCall], half: bool = False) -> Iterator[Row]:
     """Compile the kernels that the calls would launch, for an architecture such as 90; a row for each.
 
     Args:
         op: whose calls these are.
         arch: 80 or 90.
         calls: a line of CONFIGS that a call of the same name has led to is not compiled again.
+        half: every other line, for 80 those that are left out for 90.
     """
     triton.runtime.driver.set_active(NoDevice(arch))
     found: list[Row] = []
@@ -123,6 +124,8 @@ def compile_all(op: str, arch: int, calls: Iterable[NamedCall]) -> Iterator[Row]
     def compile_only(launch: triton_launch.Launch, *pointers: Tensor | None) -> None:
         if (name, launch.line) not in seen:
             seen.add((name, launch.line))
+            if half and len(seen) % 2 == (arch == 80):
+                return
             compiled = launch.kernel.warmup(*pointers, *launch.numbers, **launch.constants, grid=(1,))
             row = {"op": op, "request": name, "arch": arch, "kernel": launch.kernel.__name__}
             # whether rows of cross entropy begin at multiples of 16 bytes is no part of the table's key
@@ -243,21 +246,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--features", action="store_true", help="attention, one head size, each feature alone"
     )
+    parser.add_argument(
+        "--half", action="store_true", help="every other line of a table, for 80 those left out for 90"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON object a line, for programs")
     args = parser.parse_args(argv)
     for arch, op in itertools.product(args.arch, (args.op,) if args.op else OPS):
         if args.features and op != "attention":
             continue
-        for row in _rows(op, arch, args.features):
+        for row in _rows(op, arch, args.features, args.half):
             print(json.dumps(row) if args.json else _line(row), flush=True)
 
 
-def _rows(op: str, arch: int, features: bool) -> Iterator[Row]:
+def _rows(op: str, arch: int, features: bool, half: bool) -> Iterator[Row]:
     if op == "between":
         return compile_between(arch, between_calls())
     if op == "cross_entropy":
-        return compile_all(op, arch, cross_entropy_calls())
-    return compile_all(op, arch, attention_calls(FEATURES if features else table()))
+        return compile_all(op, arch, cross_entropy_calls(), half)
+    return compile_all(op, arch, attention_calls(FEATURES if features else table()), half)
 
 
 def _line(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""Every configuration of the Triton kernels compiles for sm_80 and sm_90, and keeps to what a GPU has."""
+"""Every configuration of the Triton kernels compiles for sm_80 or sm_90, and keeps to what a GPU has."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a block may have on the smallest GPUs since sm_80 (sm_86, sm_89): sm_80 has 163 and sm_90 227.
@@ -34,8 +35,12 @@ def rows_of(process: subprocess.Popen[str]) -> list[dict]:
 
 
 def compiled(op: str, capsys: pytest.CaptureFixture[str]) -> tuple[list, list[dict]]:
-    """The keys of an op's table, and what every configuration takes of both architectures, also printed."""
-    resources = ("-m", "benchmarks.triton_resources", op, "--json", "--arch")
+    """The keys of an op's table, and what every configuration takes of one architecture, also printed.
+
+    They take turns; in a longer search (`make soak`) each is compiled for both.
+    """
+    half = () if settings().max_examples > 1000 else ("--half",)
+    resources = ("-m", "benchmarks.triton_resources", op, "--json", *half, "--arch")
     both = [start(*resources, arch) for arch in ("80", "90")]
     (table,) = rows_of(start("-c", CONFIGS.format(op)))
     rows = [row for process in both for row in rows_of(process)]
@@ -51,8 +56,8 @@ def compiled(op: str, capsys: pytest.CaptureFixture[str]) -> tuple[list, list[di
 def test_every_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     table, rows = compiled("attention", capsys)
     assert len(table) > 50
-    for arch in (80, 90):
-        assert {tuple(r["key"]) for r in rows if r["arch"] == arch} == {tuple(key) for key in table}
+    assert {tuple(row["key"]) for row in rows} == {tuple(key) for key in table}
+    assert all(sum(row["arch"] == arch for row in rows) > len(table) // 3 for arch in (80, 90))
     for row in rows:
         assert row["registers"] <= 255 and row["shared"] <= SHARED_KILOBYTES, row
         assert row["spills"] <= (1024 if tuple(row["key"]) in SPILLING else 0), row
@@ -63,8 +68,8 @@ def test_every_configuration_of_cross_entropy(capsys: pytest.CaptureFixture[str]
     table, rows = compiled("cross_entropy", capsys)
     assert len(table) >= 20
     wanted = {(*key, vectors) for key in table for vectors in (False, True)}
-    for arch in (80, 90):
-        assert {tuple(row["key"]) for row in rows if row["arch"] == arch} == wanted
+    assert {tuple(row["key"]) for row in rows} == wanted
+    assert all(sum(row["arch"] == arch for row in rows) > len(wanted) // 3 for arch in (80, 90))
     for row in rows:
         (kind, _, _, vectors), (_, _, warps, _) = row["key"], row["config"]
         assert row["spills"] == 0 and row["shared"] <= 1, row
