@@ -193,16 +193,16 @@ def attention(case: bench_attention.Case, pairs: bool = False) -> Iterator[Launc
         goal="forward",
         dropout=dropped,
     )
-    if K == 256:
-        return
-    one, blocks = L <= K, math.ceil(L / K)
+    # more than 128 keys go by in turn, and the gradients of queries are added up in memory
+    chunks, K = math.ceil(S / 128), min(K, 128)
+    one, blocks = L <= K and chunks == 1, math.ceil(L / K) * chunks
     pairs = pairs and K == 64 and one
     yield Launch(
         case.name,
-        ("attention", "backward", kind, (D, K, 2, int(one), int(pairs))),
+        ("attention", "backward", kind, (D, K, 2, int(one), int(pairs), int(chunks > 1))),
         warps=K // 16,
         shared=(8 * K * D + 2 * K * K) * 2 + pairs * K * (K + 8) * 4,
-        bytes=3 * rows + 4 * keys,
+        bytes=(3 if chunks == 1 else 3 * chunks + 2 * (chunks - 1)) * rows + 4 * keys,
         rounds=(
             0,
             B * H * K / 16,

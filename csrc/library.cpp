@@ -96,13 +96,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nlpfast, m) {
       "cuda_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? prefix_lengths, "
       "Tensor? cu_seq_q, Tensor? cu_seq_k, int max_k, Tensor? seed, float dropout_p, int causal, float scale, "
       "Tensor(a!) out) -> Tensor");
-  // Writes the gradients; nothing of the forward pass is needed but its inputs. grad_lse: as lse, contiguous. slopes:
-  // gradients [P, n] of scale * query . key in `heads` at pairs, which are by_query and query_begin of
+  // Writes the gradients; of the forward pass out and lse are needed for more than 128 keys alone. grad_lse: as lse.
+  // slopes: gradients [P, n] of scale * query . key in `heads` at pairs, which are by_query and query_begin of
   // cuda_group_pairs.
   m.def(
       "cuda_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor? key_lengths, Tensor? prefix_lengths, Tensor? cu_seq_q, Tensor? cu_seq_k, int max_k, Tensor? seed, "
-      "float dropout_p, int causal, float scale, Tensor? slopes, Tensor? pairs, Tensor? by_query, Tensor? query_begin, "
+      "float dropout_p, int causal, float scale, Tensor? out, Tensor? lse, Tensor? slopes, Tensor? pairs, "
+      "Tensor? by_query, Tensor? query_begin, "
       "int[] heads, Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value) -> ()");
   // pairs: contiguous; lse, coefficients: contiguous float32. A pair outside of batch, queries or keys has NaN.
   m.def(

@@ -63,7 +63,7 @@ KERNELS = {
     ("alignment_loss", "largest"): 3 * 2,
     ("alignment_loss", "group_pairs"): 1,
     ("attention", "forward"): 2 * 2 * 3,
-    ("attention", "backward"): 2 * 2 * (2 + 3 + 1),
+    ("attention", "backward"): 2 * (6 + 9),
 }
 
 

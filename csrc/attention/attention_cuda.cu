@@ -11,11 +11,12 @@
 // mma.sync of 16-bit numbers, sums are in float32; there are no atomics.
 //
 // The backward pass is one kernel, which reads neither the output nor anything else of the forward pass: q, k, v and dO
-// in, dQ, dK and dV out. A block has a head of keys, and as many queries at a time as keys. First each warp has 16
-// queries: it computes their rows anew, whole, then dQ, and leaves P and dS in shared memory in 16 bits; then it has 16
-// keys, and adds to dK and dV, which stay in registers until all queries of all heads of the group have come by. Where
-// an alignment loss supervises single pairs of query and key, in sentences of up to 64 tokens, their gradients are
-// added to dS on the way: each warp lays them out as a table of its rows.
+// in, dQ, dK and dV out; only where there are more than 128 keys it goes through them 128 at a time, and wants the
+// output and lse. A block has a head of keys, and as many queries at a time as keys. First each warp has 16 queries: it
+// computes their rows anew, whole, then dQ, and leaves P and dS in shared memory in 16 bits; then it has 16 keys, and
+// adds to dK and dV, which stay in registers until all queries of all heads of the group have come by. Where an
+// alignment loss supervises single pairs of query and key, in sentences of up to 64 tokens, their gradients are added
+// to dS on the way: each warp lays them out as a table of its rows.
 //
 // Rows lie in shared memory with their 16-byte chunks exchanged (place_of), so that eight rows of a matrix are read
 // from eight different places of its banks.
@@ -168,13 +169,14 @@ void cuda_attention_backward(const Tensor& grad_out, const std::optional<Tensor>
                              const Tensor& key, const Tensor& value, const std::optional<Tensor>& key_lengths,
                              const std::optional<Tensor>& prefix_lengths, const std::optional<Tensor>& cu_seq_q,
                              const std::optional<Tensor>& cu_seq_k, int64_t max_k, const std::optional<Tensor>& seed,
-                             double dropout_p, int64_t causal, double scale, const std::optional<Tensor>& slopes,
+                             double dropout_p, int64_t causal, double scale, const std::optional<Tensor>& out,
+                             const std::optional<Tensor>& lse, const std::optional<Tensor>& slopes,
                              const std::optional<Tensor>& pairs, const std::optional<Tensor>& by_query,
                              const std::optional<Tensor>& query_begin, std::vector<int64_t> heads,
                              const Tensor& d_query, const Tensor& d_key, const Tensor& d_value) {
   Problem p =
       problem_of(query, key, value, {key_lengths, prefix_lengths, cu_seq_q, cu_seq_k, seed, dropout_p, causal, scale});
-  STD_TORCH_CHECK(max_k <= 128, "there must be at most 128 keys, and there are ", max_k);
+  const bool chunked = max_k > 128;
   const int64_t size = query.size(query.dim() - 1);
   check_rows(grad_out, "grad_out", query, size), check_rows(d_query, "d_query", query, size);
   check_rows(d_key, "d_key", query, size), check_rows(d_value, "d_value", query, size);
@@ -186,6 +188,13 @@ void cuda_attention_backward(const Tensor& grad_out, const std::optional<Tensor>
                     "grad_lse must be contiguous float32");
     p.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
   }
+  if (chunked) {
+    STD_TORCH_CHECK(out && lse, "with more than 128 keys out and lse are needed, and there are ", max_k);
+    check_rows(*out, "out", query, size);
+    check_on_device(*lse, "lse", query);
+    STD_TORCH_CHECK(lse->scalar_type() == ScalarType::Float && lse->is_contiguous(), "lse must be contiguous float32");
+    p.given = rows_of(*out), p.lse = static_cast<float*>(const_cast<void*>(lse->const_data_ptr()));
+  }
   const PairSlopes added = pairs_of(query, slopes, pairs, by_query, query_begin, heads, p, max_k);
   p.heads = static_cast<unsigned>(B * key.size(1));
   // of packed sequences there may be any number of queries
@@ -193,15 +202,17 @@ void cuda_attention_backward(const Tensor& grad_out, const std::optional<Tensor>
   if (p.heads == 0) return;
   const OnDevice guard(query);
   with_rows(query, [&]<class E, int D>() {
-    const auto launch_one = [&]<int KEYS, int STAGES, bool ONE, bool PAIRS = false>() {
+    const auto launch_one = [&]<int KEYS, int STAGES, bool ONE, bool PAIRS = false, bool CHUNKED = false>() {
       const size_t table = PAIRS ? KEYS * SLOPES<KEYS> * sizeof(float) : 0;
       const size_t shared = (4 * STAGES * KEYS * D + 2 * KEYS * KEYS) * sizeof(E) + table;
       const unsigned most = multiprocessors(query) * static_cast<unsigned>(MAX_SHARED / shared);
-      launch<&backward<E, D, KEYS, STAGES, ONE, PAIRS>>({p.heads < most ? p.heads : most}, {KEYS * 2}, shared, p,
-                                                        added);
+      launch<&backward<E, D, KEYS, STAGES, ONE, PAIRS, CHUNKED>>({p.heads < most ? p.heads : most}, {KEYS * 2}, shared,
+                                                                 p, added);
     };
     if (added.n > 0) return launch_one.template operator()<ROWS_WITH_PAIRS, 2, true, true>();
     const auto run = [&]<int KEYS, int STAGES>() {
+      if constexpr (KEYS == 128)
+        if (chunked) return launch_one.template operator()<KEYS, STAGES, false, false, true>();
       p.group == 1 && most_q <= KEYS ? launch_one.template operator()<KEYS, STAGES, true>()
                                      : launch_one.template operator()<KEYS, STAGES, false>();
     };

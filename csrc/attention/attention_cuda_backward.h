@@ -58,25 +58,20 @@ __device__ __forceinline__ void lay_out(const PairSlopes& added, const Problem& 
   __syncwarp();
 }
 
-// What a warp does for its 16 queries, those from i0 on of head h: their dQ, and what the keys need of them. `added` is
-// a table of slopes to be added, where PAIRS is true.
-template <class E, int D, int KEYS, bool TWICE, bool PAIRS>
-__device__ __forceinline__ void slopes_of_queries(const Problem& p, const Seeds& seeds, const Head& head, int h, int i0,
-                                                  const E* q, const E* grad, const E* k, const E* v, E* weights,
-                                                  E* slopes, const float* added) {
-  constexpr int K_TILES = KEYS / 8;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int least = head.least_of(p, i0), most = head.most_of(p, i0);
+// Weights of a warp's 16 rows, which negative ones dropout takes, out of products s, and the shift of their slopes: the
+// sum of weights times the gradients of weights, less the gradient of lse. ds: the latter, with TWICE only on the way.
+template <class E, int D, int KEYS, bool TWICE>
+__device__ __forceinline__ void weigh_rows(const Problem& p, const Seeds& seeds, const Head& head, int h, int i0,
+                                           const Left<E, D>& upstream, const Places<E, D>& values,
+                                           float (&s)[KEYS / 8][4], float (&ds)[TWICE ? 2 : KEYS / 8][4],
+                                           float (&shift)[2]) {
+  const int g = threadIdx.x % 32 / 4, least = head.least_of(p, i0), most = head.most_of(p, i0);
   const int limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
-  float s[K_TILES][4], ds[TWICE ? 2 : K_TILES][4], maximum[2], total[2], shift[2] = {0.0f, 0.0f};
-  multiply_keys<E, D, KEYS>(s, Left<E, D>(q + warp * TILE * D), Places<E, D>::across(k), most);
+  float maximum[2], total[2];
   exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
   const float inverse[2] = {total[0] == 0.0f ? 0.0f : 1.0f / total[0], total[1] == 0.0f ? 0.0f : 1.0f / total[1]};
-  const Left<E, D> upstream(grad + warp * TILE * D);
-  const auto values = Places<E, D>::across(v), keys = Places<E, D>::down(k);
-  if constexpr (!TWICE) multiply_keys<E, D, KEYS>(ds, upstream, values, most);
 #pragma unroll
-  for (int j = 0; j < K_TILES; j += 2) {
+  for (int j = 0; j < KEYS / 8; j += 2) {
     if (j * 8 >= most) continue;
     const int kept = TWICE ? 0 : j;
     if constexpr (TWICE) upstream.multiply_keys(ds[0], ds[1], values, j);
@@ -84,9 +79,8 @@ __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Seeds&
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[j + half][e] *= inverse[e / 2];
-    // the weight itself is dropped later: its sign remembers that
     if (p.dropping.threshold)
-      for_dropped(p.dropping, seeds, static_cast<unsigned>(head.b * p.H + h), i0, j,
+      for_dropped(p.dropping, seeds, static_cast<unsigned>(head.b * p.H + h), i0, 0, j,
                   [&](int tile, int e) { s[tile][e] = -s[tile][e]; });
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -99,9 +93,73 @@ __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Seeds&
     shift[r] += __shfl_xor_sync(ALL_LANES, shift[r], 1);
     shift[r] += __shfl_xor_sync(ALL_LANES, shift[r], 2);
     shift[r] *= p.dropping.factor;
-    if (p.grad_lse && i0 + g + 8 * r < head.queries)
-      shift[r] -= p.grad_lse[head.b * p.lse_batch + h * p.lse_head + head.q_first + i0 + g + 8 * r];
+    if (p.grad_lse && i0 + g + 8 * r < head.queries) shift[r] -= p.grad_lse[head.lse_place(p, h, i0 + g + 8 * r)];
   }
+}
+
+// The same where the row's other keys are not here: by lse and by the output, of which the sum is dO O. `grad` are the
+// warp's rows of dO in shared memory.
+template <class E, int D, int KEYS>
+__device__ __forceinline__ void weigh_some(const Problem& p, const Seeds& seeds, const Head& head, int h, int i0,
+                                           const E* grad, float (&s)[KEYS / 8][4], float (&shift)[2]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, least = head.least_of(p, i0), most = head.most_of(p, i0);
+  float lse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int i = i0 + g + 8 * r;
+    lse[r] = 0.0f;
+    if (i < head.queries) {
+      lse[r] = p.lse[head.lse_place(p, h, i)] * LOG2_E;
+      const E* given = head.row<E>(p.given, h, head.q_first + i);
+#pragma unroll
+      for (int c = t; c < D / 8; c += 4) {
+        Piece<E, 8> x, y;
+        x.take(*reinterpret_cast<const uint4*>(given + c * 8));
+        y.take(*reinterpret_cast<const uint4*>(grad + place_of<D>(g + 8 * r, c)));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) shift[r] += x.get(e) * y.get(e);
+      }
+    }
+    shift[r] += __shfl_xor_sync(ALL_LANES, shift[r], 1);
+    shift[r] += __shfl_xor_sync(ALL_LANES, shift[r], 2);
+    if (p.grad_lse && i < head.queries) shift[r] -= p.grad_lse[head.lse_place(p, h, i)];
+  }
+  const int limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
+#pragma unroll
+  for (int j = 0; j < KEYS / 8; ++j) {
+    if (j / 2 * 16 >= most) continue;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = exp2_of(fmaf(s[j][e], p.scale * LOG2_E, -lse[e / 2]));
+    if (j * 8 + 8 > least)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (j * 8 + 2 * t + e % 2 >= limits[e / 2]) s[j][e] = 0.0f;
+    if (p.dropping.threshold && j % 2)
+      for_dropped(p.dropping, seeds, static_cast<unsigned>(head.b * p.H + h), i0, head.base, j - 1,
+                  [&](int tile, int e) { s[tile][e] = -s[tile][e]; });
+  }
+}
+
+// What a warp does for its 16 queries, those from i0 on of head h: their dQ, and what the keys need of them. `added` is
+// a table of slopes to be added, where PAIRS is true; with CHUNKED there are other keys besides, before or after these.
+template <class E, int D, int KEYS, bool TWICE, bool PAIRS, bool CHUNKED>
+__device__ __forceinline__ void slopes_of_queries(const Problem& p, const Seeds& seeds, const Head& head, int h, int i0,
+                                                  const E* q, const E* grad, const E* k, const E* v, E* weights,
+                                                  E* slopes, const float* added) {
+  constexpr int K_TILES = KEYS / 8;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int most = head.most_of(p, i0);
+  // no query of these sees one of these keys
+  if (CHUNKED && head.base && most == 0) return;
+  float s[K_TILES][4], ds[TWICE ? 2 : K_TILES][4], shift[2] = {0.0f, 0.0f};
+  multiply_keys<E, D, KEYS>(s, Left<E, D>(q + warp * TILE * D), Places<E, D>::across(k), most);
+  const Left<E, D> upstream(grad + warp * TILE * D);
+  const auto values = Places<E, D>::across(v), keys = Places<E, D>::down(k);
+  if constexpr (!TWICE) multiply_keys<E, D, KEYS>(ds, upstream, values, most);
+  if constexpr (CHUNKED)
+    weigh_some<E, D, KEYS>(p, seeds, head, h, i0, grad + warp * TILE * D, s, shift);
+  else
+    weigh_rows<E, D, KEYS, TWICE>(p, seeds, head, h, i0, upstream, values, s, ds, shift);
   float dq[D / 8][4] = {};
 #pragma unroll
   for (int j = 0; j < K_TILES; j += 2) {
@@ -133,7 +191,12 @@ __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Seeds&
     }
   }
   const float scales[2] = {p.scale, p.scale};
-  store_sums<E, D>(dq, scales, head.row<E>(p.dq, h, head.q_first + i0), p.dq.row, head.queries - i0);
+  E* to = head.row<E>(p.dq, h, head.q_first + i0);
+  // the same lanes wrote them
+  if (CHUNKED && head.base)
+    store_sums<E, D, true>(dq, scales, to, p.dq.row, head.queries - i0);
+  else
+    store_sums<E, D>(dq, scales, to, p.dq.row, head.queries - i0);
 }
 
 // What a warp does for its 16 keys: adds to their gradients what comes from the queries from `begin` on.
@@ -155,10 +218,11 @@ __device__ __forceinline__ void add_queries(const Problem& p, const Head& head, 
   }
 }
 
-// With two stages what comes next is under way meanwhile. PAIRS: there are slopes to be added. ONE: there are no more
-// queries than keys, and as many heads of both, so that nothing is to be kept in registers for the queries after these.
-// Where there is, and keys are many, the products dO V^T are computed twice instead of being kept.
-template <class E, int D, int KEYS, int STAGES, bool ONE, bool PAIRS>
+// With two stages what comes next is under way meanwhile. PAIRS: there are slopes to be added. CHUNKED: a sequence may
+// have more than KEYS keys, and the block goes through them in turn, and through all queries for each. ONE: there are
+// no more queries than keys, and as many heads of both, so that nothing is to be kept in registers for the queries
+// after these. Where there is, and keys are many, the products dO V^T are computed twice instead of being kept.
+template <class E, int D, int KEYS, int STAGES, bool ONE, bool PAIRS, bool CHUNKED>
 __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
     backward(Problem p, const __grid_constant__ PairSlopes added) {
   constexpr bool TWICE = !ONE && KEYS > 64;
@@ -172,22 +236,22 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
   E* slopes = weights + KEYS * KEYS;
   float* table = reinterpret_cast<float*>(slopes + KEYS * KEYS) + warp * TILE * SLOPES<KEYS>;
 
-  const auto start_keys = [&](unsigned number, int stage) {
+  const auto start_keys = [&](unsigned number, int base, int stage) {
     if (number < p.heads) {
-      const Head head(p, number, p.H / p.group);
+      Head head(p, number, p.H / p.group);
+      head.base = base;
       const int most = head.most(p);
-      start_rows<E, D, KEYS, THREADS>(keys_of(stage), head.row<E>(p.k, head.h, head.k_first), p.k.row, most,
-                                      threadIdx.x);
-      start_rows<E, D, KEYS, THREADS>(keys_of(stage) + KEYS * D, head.row<E>(p.v, head.h, head.k_first), p.v.row, most,
-                                      threadIdx.x);
+      const E *k = head.row<E>(p.k, head.h, head.k_first + base), *v = head.row<E>(p.v, head.h, head.k_first + base);
+      start_rows<E, D, KEYS, THREADS>(keys_of(stage), k, p.k.row, most, threadIdx.x);
+      start_rows<E, D, KEYS, THREADS>(keys_of(stage) + KEYS * D, v, p.v.row, most, threadIdx.x);
     }
     close_copies();
   };
 
   const Seeds seeds(p.dropping);
   int rows_stage = 0, keys_stage = 0;
-  for (unsigned number = blockIdx.x; number < p.heads; number += gridDim.x, ++keys_stage) {
-    const Head head(p, number, p.H / p.group);
+  for (unsigned number = blockIdx.x; number < p.heads;) {
+    Head head(p, number, p.H / p.group);
     const int blocks = (head.queries + KEYS - 1) / KEYS, items = blocks * p.group;
     // queries of a block of a head of the group
     const auto start_queries = [&](int item, int stage) {
@@ -200,41 +264,48 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
       }
       close_copies();
     };
-    if (STAGES == 1 || number == blockIdx.x) start_keys(number, keys_stage);
-    start_queries(0, rows_stage);
-    if (STAGES > 1) start_keys(number + gridDim.x, keys_stage + 1);
-    const E *k = keys_of(keys_stage), *v = k + KEYS * D;
-    float dk[D / 8][4], dv[D / 8][4];
-    clear(dk), clear(dv);
+    for (bool more = true; more; ++keys_stage) {
+      more = CHUNKED && head.base + KEYS < head.length;
+      const unsigned next = more ? number : number + gridDim.x;
+      if (STAGES == 1 || (number == blockIdx.x && head.base == 0)) start_keys(number, head.base, keys_stage);
+      start_queries(0, rows_stage);
+      if (STAGES > 1) start_keys(next, more ? head.base + KEYS : 0, keys_stage + 1);
+      const E *k = keys_of(keys_stage), *v = k + KEYS * D;
+      float dk[D / 8][4], dv[D / 8][4];
+      clear(dk), clear(dv);
 
-    for (int item = 0; item < items; ++item, ++rows_stage) {
-      const int h = head.h * p.group + item / blocks, begin = item % blocks * KEYS, i0 = begin + warp * TILE;
-      if (STAGES > 1) {
-        start_queries(item + 1, rows_stage + 1);
-        // in flight may be the next queries, and at first the next keys, which were started before
-        item ? wait_for_copies<1>() : wait_for_copies<2>();
-      } else {
-        wait_for_copies<0>();
+      for (int item = 0; item < items; ++item, ++rows_stage) {
+        const int h = head.h * p.group + item / blocks, begin = item % blocks * KEYS, i0 = begin + warp * TILE;
+        if (STAGES > 1) {
+          start_queries(item + 1, rows_stage + 1);
+          // in flight may be the next queries, and at first the next keys, which were started before
+          item ? wait_for_copies<1>() : wait_for_copies<2>();
+        } else {
+          wait_for_copies<0>();
+        }
+        __syncthreads();
+        const E *q = rows_of(rows_stage), *grad = q + KEYS * D;
+        if constexpr (PAIRS) lay_out<KEYS>(added, p, head, h, i0, table);
+        if (i0 < head.queries)
+          slopes_of_queries<E, D, KEYS, TWICE, PAIRS, CHUNKED>(p, seeds, head, h, i0, q, grad, k, v, weights, slopes,
+                                                               table);
+        __syncthreads();
+        if constexpr (ONE) clear(dk), clear(dv);
+        add_queries<E, D, KEYS>(p, head, begin, q, grad, weights, slopes, dk, dv);
+        // the weights, and with one stage the queries too, are written over
+        __syncthreads();
+        if (STAGES == 1) start_queries(item + 1, rows_stage + 1);
       }
+      const int j0 = head.base + warp * TILE;
+      const float scales[2] = {p.scale, p.scale}, ones[2] = {1.0f, 1.0f};
+      store_sums<E, D>(dk, scales, head.row<E>(p.dk, head.h, head.k_first + j0), p.dk.row, head.length - j0);
+      store_sums<E, D>(dv, ones, head.row<E>(p.dv, head.h, head.k_first + j0), p.dv.row, head.length - j0);
+      // no warp reads these keys any more when the ones after the next are started over them
+      wait_for_copies<0>();
       __syncthreads();
-      const E *q = rows_of(rows_stage), *grad = q + KEYS * D;
-      if constexpr (PAIRS) lay_out<KEYS>(added, p, head, h, i0, table);
-      if (i0 < head.queries)
-        slopes_of_queries<E, D, KEYS, TWICE, PAIRS>(p, seeds, head, h, i0, q, grad, k, v, weights, slopes, table);
-      __syncthreads();
-      if constexpr (ONE) clear(dk), clear(dv);
-      add_queries<E, D, KEYS>(p, head, begin, q, grad, weights, slopes, dk, dv);
-      // the weights, and with one stage the queries too, are written over
-      __syncthreads();
-      if (STAGES == 1) start_queries(item + 1, rows_stage + 1);
+      head.base += KEYS;
     }
-    const int j0 = warp * TILE;
-    const float scales[2] = {p.scale, p.scale}, ones[2] = {1.0f, 1.0f};
-    store_sums<E, D>(dk, scales, head.row<E>(p.dk, head.h, head.k_first + j0), p.dk.row, head.length - j0);
-    store_sums<E, D>(dv, ones, head.row<E>(p.dv, head.h, head.k_first + j0), p.dv.row, head.length - j0);
-    // no warp reads these keys any more when the ones after the next are started over them
-    wait_for_copies<0>();
-    __syncthreads();
+    number += gridDim.x;
   }
 }
 

@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
         const Seeds seeds(p.dropping);
 #pragma unroll
         for (int j = 0; j < K_TILES; j += 2)
-          if (j * 8 < most) for_dropped(p.dropping, seeds, number, i0, j, [&](int tile, int e) { s[tile][e] = 0.0f; });
+          if (j * 8 < most)
+            for_dropped(p.dropping, seeds, number, i0, 0, j, [&](int tile, int e) { s[tile][e] = 0.0f; });
       }
       float o[D / 8][4] = {};
 #pragma unroll

@@ -16,7 +16,7 @@ struct Rows {
 };
 
 struct Problem {
-  Rows q, k, v, out;  // out: in the backward pass its gradient
+  Rows q, k, v, out, given;  // out: in the backward pass its gradient, and `given` is what it was
   Rows dq, dk, dv;
   float* lse;
   const float* grad_lse;  // may be null
@@ -30,7 +30,7 @@ struct Problem {
 
 // A sequence and one of its heads.
 struct Head {
-  int b, h, queries, length, keys, prefix;
+  int b, h, queries, length, keys, prefix, base = 0;  // base: the first of the keys that are looked at
   int64_t q_first, k_first;
 
   // Number `number`, if a sequence has so many heads.
@@ -50,19 +50,19 @@ struct Head {
     }
   }
 
-  // How many keys query i sees; those are the first.
+  // How many keys query i sees, from `base` on; those are the first.
   __device__ __forceinline__ int limit(const Problem& p, int i) const {
     if (i >= queries) return 0;
-    if (!p.causal) return keys;
-    const int to = i + 1 + (p.causal == 2 ? length - queries : 0), seen = to > prefix ? to : prefix;
-    return seen < keys ? seen : keys;
+    int seen = keys;
+    if (p.causal) {
+      const int to = i + 1 + (p.causal == 2 ? length - queries : 0), most = to > prefix ? to : prefix;
+      seen = most < keys ? most : keys;
+    }
+    return seen > base ? seen - base : 0;
   }
 
   // How many keys any query sees.
-  __device__ __forceinline__ int most(const Problem& p) const {
-    const int seen = queries > 0 ? limit(p, queries - 1) : 0;
-    return seen > 0 ? seen : 0;
-  }
+  __device__ __forceinline__ int most(const Problem& p) const { return queries > 0 ? limit(p, queries - 1) : 0; }
 
   // How many keys each of 16 queries sees, 0 where there are fewer queries.
   __device__ __forceinline__ int least_of(const Problem& p, int first) const {
@@ -73,6 +73,11 @@ struct Head {
   __device__ __forceinline__ int most_of(const Problem& p, int first) const {
     const int last = first + TILE - 1 < queries ? first + TILE - 1 : queries - 1;
     return first < queries ? limit(p, last) : 0;
+  }
+
+  // Where what there is of query i of head `head`, a number in float32, lies.
+  __device__ __forceinline__ int64_t lse_place(const Problem& p, int head, int i) const {
+    return b * p.lse_batch + head * p.lse_head + q_first + i;
   }
 
   template <class E>
@@ -245,14 +250,14 @@ __device__ __forceinline__ void exponentials(float (&s)[KEYS / 8][4], int least,
   }
 }
 
-// Calls f(j, e) for what dropout takes away of 16 rows from i0 on and the keys of tiles j and j + 1.
+// Calls f(j, e) for what dropout takes away of 16 rows from i0 on and the keys of tiles j and j + 1 from `base` on.
 template <class F>
-__device__ __forceinline__ void for_dropped(const Dropping& dropping, const Seeds& seeds, unsigned head, int i0, int j,
-                                            F f) {
+__device__ __forceinline__ void for_dropped(const Dropping& dropping, const Seeds& seeds, unsigned head, int i0,
+                                            int base, int j, F f) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   // lane c decides for key c of 16 and rows 0 to 7, lane 16 + c for rows 8 to 15
   const uint32_t bits =
-      survivors(dropping, seeds, j * 8 + lane % 16, static_cast<uint32_t>(i0 / GROUP + lane / 16), head);
+      survivors(dropping, seeds, base + j * 8 + lane % 16, static_cast<uint32_t>(i0 / GROUP + lane / 16), head);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -263,8 +268,8 @@ __device__ __forceinline__ void for_dropped(const Dropping& dropping, const Seed
 }
 
 // Writes 16 rows of D sums times a factor, of which `inside` are there, 16 bytes a lane: the four lanes of a row
-// exchange what they have of four tiles.
-template <class E, int D>
+// exchange what they have of four tiles. With ADD they are added to what is there.
+template <class E, int D, bool ADD = false>
 __device__ __forceinline__ void store_sums(const float (&o)[D / 8][4], const float (&factor)[2], E* to, int64_t stride,
                                            int inside) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -285,7 +290,17 @@ __device__ __forceinline__ void store_sums(const float (&o)[D / 8][4], const flo
           (upper ? word[i] : word[i | step]) = theirs;
         }
       const int row = g + 8 * r;
-      if (row < inside) store_vector(to + row * stride + (d + t) * 8, word);
+      if (row >= inside) continue;
+      E* place = to + row * stride + (d + t) * 8;
+      if constexpr (ADD) {
+        Piece<E, 8> sums, there;
+        there.take(*reinterpret_cast<const uint4*>(place));
+        sums.take({word[0], word[1], word[2], word[3]});
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+          word[w] = pack(E{}, sums.get(2 * w) + there.get(2 * w), sums.get(2 * w + 1) + there.get(2 * w + 1));
+      }
+      store_vector(place, word);
     }
 }
 

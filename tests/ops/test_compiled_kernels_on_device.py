@@ -127,6 +127,7 @@ CALLS: dict[str, tuple[Call, tuple[tuple[int, ...], ...], list[torch.dtype]]] = 
         *attending((2, 6, 90, 128, 64), Hk=2, is_causal=True, causal_align="bottom_right"),
         HALVES,
     ),
+    "attention 256": (*attending((2, 2, 200, 256, 64), is_causal=True, causal_align="bottom_right"), HALVES),
     "attention with lengths": (
         *attending((3, 2, 33, 65, 32), key_lengths=torch.tensor([65, 0, 17])),
         HALVES,
@@ -173,7 +174,7 @@ def test_no_worse_than_eager(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("D", [32, 64])
 @pytest.mark.parametrize("causal", [False, True])
 def test_lengths(dtype: torch.dtype, D: int, causal: bool) -> None:
-    lengths = (0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128)
+    lengths = (0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 256)
     for L in lengths if not EMULATED else lengths[::4]:
         for S in lengths if not EMULATED else lengths[::4]:
             call, sizes = attending((1, 2, L, S, D), is_causal=causal)

@@ -134,7 +134,9 @@ def assert_as_defined(
 @pytest.mark.parametrize("D", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "sizes", [(1, 1), (16, 16), (17, 9), (64, 64), (33, 65), (150, 40), (128, 128), (100, 99)], ids=str
+    "sizes",
+    [(1, 1), (16, 16), (17, 9), (64, 64), (33, 65), (150, 40), (128, 128), (100, 99), (60, 200), (140, 129)],
+    ids=str,
 )
 def test_gradients(sizes: tuple[int, int], dtype: torch.dtype, D: int, causal: str) -> None:
     kind = {} if causal == "none" else {"is_causal": True, "causal_align": causal}
@@ -142,19 +144,21 @@ def test_gradients(sizes: tuple[int, int], dtype: torch.dtype, D: int, causal: s
 
 
 @pytest.mark.parametrize("causal", CAUSAL)
-def test_gradients_of_grouped_heads_and_lengths(causal: str) -> None:
-    tensors = inputs(3, 4, 2, 70, 50, 32, torch.float16)
-    options = {"key_lengths": torch.tensor([0, 1, 33]), "enable_gqa": True}
+@pytest.mark.parametrize(("S", "length", "prefix"), [(50, 33, 20), (190, 150, 140)])
+def test_gradients_of_grouped_heads_and_lengths(causal: str, S: int, length: int, prefix: int) -> None:
+    tensors = inputs(3, 4, 2, 70, S, 32, torch.float16)
+    options = {"key_lengths": torch.tensor([0, 1, length]), "enable_gqa": True}
     if causal != "none":
-        options.update(is_causal=True, causal_align=causal, prefix_lengths=torch.tensor([5, 0, 20]))
+        options.update(is_causal=True, causal_align=causal, prefix_lengths=torch.tensor([5, 0, prefix]))
     _, _, dq, dk, dv = assert_as_defined(tensors, torch.float16, **options)
-    assert not dq[0].any() and not dk[0].any() and not dv[2, :, 33:].any()
+    assert not dq[0].any() and not dk[0].any() and not dv[2, :, length:].any()
 
 
 @pytest.mark.parametrize("p", [0.1, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_with_dropout(p: float, dtype: torch.dtype) -> None:
-    tensors = inputs(2, 2, 2, 90, 100, 32, dtype)
+@pytest.mark.parametrize(("L", "S"), [(90, 100), (200, 170)])
+def test_gradients_with_dropout(p: float, dtype: torch.dtype, L: int, S: int) -> None:
+    tensors = inputs(2, 2, 2, L, S, 32, dtype)
     # so that large factors do not make large errors
     tensors[2] *= 1 - min(p, 0.9)
     assert_as_defined(tensors, dtype, dropout_p=p, seed=SEED, is_causal=True)
@@ -213,7 +217,7 @@ def test_what_is_refused() -> None:
         ((q.float(), k.float(), v.float(), None), "computes in bfloat16 and float16"),
         ((q[..., :16], k[..., :16], v[..., :16], None), "got 16 and 16"),
         ((q, k, v[..., :16], None), "got 32 and 16"),
-        ((q, k.expand(1, 1, 4, 32).repeat(1, 1, 33, 1), v, None), "got 132"),
+        ((q, k.expand(1, 1, 4, 32).repeat(1, 1, 65, 1), v, None), "got 260"),
         ((q, k, v, torch.ones(4, 4, dtype=torch.bool)), "no attn_mask"),
         ((q.to("meta"), k, v, None), "are on meta"),
     ):
@@ -233,6 +237,7 @@ def test_nothing_is_left_over() -> None:
 PACKED = {
     "as many": ([5, 0, 31, 66, 1], [5, 0, 31, 66, 1]),
     "few and many": ([7, 100, 0, 16], [128, 1, 9, 0]),
+    "more than a chunk": ([30, 140, 3], [200, 140, 0]),
     "none": ([], []),
 }
 

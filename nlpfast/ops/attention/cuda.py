@@ -14,10 +14,10 @@ from nlpfast.ops.pair_rows import group_pairs
 from nlpfast.ops.vectors import on_vectors
 
 SERVES = (
-    "CUDA devices; bfloat16 and float16, D and Dv both 32 or 64, up to 128 keys, no attn_mask, any strides"
+    "CUDA devices; bfloat16 and float16, D and Dv both 32 or 64, up to 256 keys, no attn_mask, any strides"
 )
 DTYPES = (torch.bfloat16, torch.float16)
-HEAD_SIZES, MAX_KEYS = (32, 64), 128
+HEAD_SIZES, MAX_KEYS = (32, 64), 256
 # Heads and rows at most for which gradients at pairs are added on the way.
 HEADS_WITH_PAIRS, ROWS_WITH_PAIRS = 32, 64
 CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
@@ -71,7 +71,7 @@ def forward(
     causal: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return out [B, H, L, D] and lse [B, H, L], as the reference defines them; backward needs no more."""
+    """Return out [B, H, L, D] and lse [B, H, L], as the reference defines them; backward takes these."""
     check_lengths("key_lengths", key_lengths, key.shape[2])
     check_lengths("prefix_lengths", prefix_lengths, key.shape[2])
     out = _like(query)
@@ -108,6 +108,7 @@ def backward(
         *(lying(grad_out), None if grad_lse is None else grad_lse.contiguous()),
         *(lying(x) for x in (query, key, value)),
         *_options(key, key_lengths, prefix_lengths, seed, dropout_p, causal, scale),
+        *(lying(out), lse),
         *(first or (None, None, None, None, [])),
         *gradients,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nlpfast.ops.attention import cuda as attention
 
-SERVES = "CUDA devices; bfloat16 and float16, D and Dv both 32 or 64, up to 128 keys a sequence, any strides"
+SERVES = "CUDA devices; bfloat16 and float16, D and Dv both 32 or 64, up to 256 keys a sequence, any strides"
 
 
 def refusal(
@@ -32,7 +32,7 @@ def forward(
     causal: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return out [total_q, H, D] and lse [H, total_q], as the reference does; backward needs no more."""
+    """Return out [total_q, H, D] and lse [H, total_q], as the reference does; backward takes these."""
     out = query.new_empty(query.shape)
     lse = torch.ops.nlpfast.cuda_attention_forward(
         *(attention.lying(x) for x in (query, key, value)),
@@ -66,6 +66,7 @@ def backward(
         *(attention.lying(grad_out), None if grad_lse is None else grad_lse.contiguous()),
         *(attention.lying(x) for x in (query, key, value)),
         *_options(cu_seq_q, cu_seq_k, max_k, seed, dropout_p, causal, scale),
+        *(attention.lying(out), lse),
         # no gradients at pairs
         *(None, None, None, None, []),
         *(dq, dk, dv),
