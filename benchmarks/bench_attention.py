@@ -118,6 +118,7 @@ CASES = (
 CUDA_GOALS = (
     ((256, 8, 128, 128, 32), True, 1.6, 1.8, 1.6),
     ((256, 12, 128, 128, 64), False, 1.6, 1.8, 1.6),
+    ((128, 12, 256, 256, 64), True, 1.6, 1.8, 1.6),
     ((64, 12, 512, 512, 64), False, 1.0, 1.0, 1.6),
     ((64, 12, 1024, 1024, 64), True, 1.0, 1.0, 1.6),
     # The bottleneck of a Perceiver, down and up; attention of a translation's words to the source's.

@@ -195,7 +195,7 @@ def attention(case: bench_attention.Case, pairs: bool = False) -> Iterator[Launc
     )
     # more than 128 keys go by in turn, and the gradients of queries are added up in memory
     chunks, K = math.ceil(S / 128), min(K, 128)
-    one, blocks = L <= K and chunks == 1, math.ceil(L / K) * chunks
+    one, blocks, heads = L <= K and chunks == 1, math.ceil(L / K) * chunks, B * H * K / 16
     pairs = pairs and K == 64 and one
     yield Launch(
         case.name,
@@ -204,10 +204,9 @@ def attention(case: bench_attention.Case, pairs: bool = False) -> Iterator[Launc
         shared=(8 * K * D + 2 * K * K) * 2 + pairs * K * (K + 8) * 4,
         bytes=(3 if chunks == 1 else 3 * chunks + 2 * (chunks - 1)) * rows + 4 * keys,
         rounds=(
-            0,
-            B * H * K / 16,
-            B * H * blocks * K / 16,
-            B * H * blocks * K / 16 * (K / 16 if K > 64 else S / 8),
+            # a loop over chunks, where there are several, within that over heads; then those over queries
+            *((0, heads) if chunks == 1 else (0, heads, heads * chunks)),
+            *(heads * blocks, heads * blocks * (K / 16 if K > 64 else S / 8)),
         ),
         in_flight=4 * K * D * 2,
         products=10 * multiplied * D,
