@@ -176,25 +176,24 @@ def attention(case: bench_attention.Case, pairs: bool = False) -> Iterator[Launc
     """Yield the launches of attention over few keys, forward and backward."""
     B, H, L, S, D = case.shape
     rows, keys, kind = B * H * L * D * 2, B * H * S * D * 2, _type(case.dtype)
-    K = next(x for x in (64, 128, 256) if x >= S)
+    K, chunks = 64 if S <= 64 else 128, math.ceil(S / 128)
     share = 0.5 * (1 + 16 / S) if case.causal else 1.0
-    multiplied, dropped = B * H * L * K * share, case.dropout > 0
-    warps = 8 if K == 256 else 4
+    multiplied, dropped = B * H * L * K * chunks * share, case.dropout > 0
+    tiles = B * H * math.ceil(L / 16)
     yield Launch(
         case.name,
-        ("attention", "forward", kind, (D, K, warps)),
-        warps=warps,
-        shared=(4 * K + 32 * warps) * D * 2,
+        ("attention", "forward" if chunks == 1 else "forward_chunked", kind, (D, K, 4)),
+        warps=4,
+        shared=(4 * K + (128 if chunks == 1 else 64)) * D * 2,
         bytes=2 * rows + 2 * keys + 4 * B * H * L,
-        rounds=(0, B * H * warps, B * H * math.ceil(L / 16)),
-        in_flight=2 * K * D * 2 + 16 * warps * D * 2,
+        rounds=(0, B * H * 4, tiles) if chunks == 1 else (tiles, tiles * chunks * share),
+        in_flight=2 * K * D * 2 + 64 * D * 2,
         products=4 * multiplied * D,
         exps=multiplied,
         goal="forward",
         dropout=dropped,
     )
     # more than 128 keys go by in turn, and the gradients of queries are added up in memory
-    chunks, K = math.ceil(S / 128), min(K, 128)
     one, blocks, heads = L <= K and chunks == 1, math.ceil(L / K) * chunks, B * H * K / 16
     pairs = pairs and K == 64 and one
     yield Launch(
@@ -257,7 +256,7 @@ def predictions() -> list[Launch]:
     for loss in bench_cross_entropy.CUDA_CASES:
         found += losses(loss)
     for case in bench_attention.CUDA_CASES:
-        if case.shape[3] <= 256 and case.fill == 1.0:
+        if case.shape[3] <= 512 and case.fill == 1.0:
             found += attention(case)
     for supervised in bench_alignment_loss.CUDA_CASES:
         if supervised.dtype != torch.float32:

@@ -90,11 +90,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(nlpfast, m) {
       "cuda_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor statistics, "
       "Tensor? grad_scale, int ignore_index, int pad_index, float on_target, float on_other, bool rescale, "
       "Tensor(a!) gradient) -> ()");
-  // query, key, value: [B, H, rows, D], or packed [total, H, D] with cu_seq: int64 [B + 1]; max_k: keys of a sequence
-  // at most. Returns lse, [B, H, L] or [H, total].
+  // query, key, value: [B, H, rows, D], or packed [total, H, D] with cu_seq: int64 [B + 1]; max_q, max_k: queries and
+  // keys of a sequence at most. Returns lse, [B, H, L] or [H, total].
   m.def(
       "cuda_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? prefix_lengths, "
-      "Tensor? cu_seq_q, Tensor? cu_seq_k, int max_k, Tensor? seed, float dropout_p, int causal, float scale, "
+      "Tensor? cu_seq_q, Tensor? cu_seq_k, int max_q, int max_k, Tensor? seed, float dropout_p, int causal, float "
+      "scale, "
       "Tensor(a!) out) -> Tensor");
   // Writes the gradients; of the forward pass out and lse are needed for more than 128 keys alone. grad_lse: as lse.
   // slopes: gradients [P, n] of scale * query . key in `heads` at pairs, which are by_query and query_begin of

@@ -31,9 +31,9 @@ OPERATIONS = (
 )
 
 # Registers of a thread, at most, by the source, the kernel and what it is compiled for. Of cross entropy, 64
-# leave two blocks of 512 threads, or one of 1,024, on a multiprocessor, and 32 all 2,048 threads, 48 for
-# rows that begin anywhere 1,280; of attention forward, 128 leave four blocks and 168 three where there are at
-# most 64 or 128 keys; of attention at pairs, 80 leave six blocks.
+# leave two blocks of 512 threads, or one of 1,024, on a multiprocessor, and 32 all 2,048 threads, 48 for rows
+# that begin anywhere 1,280; of attention forward, 128 leave four blocks and 168 three; of attention at pairs,
+# 80 leave six blocks.
 REGISTERS: dict[tuple[str | int, ...], int] = {
     ("cross_entropy", "whole_row"): 64,
     ("cross_entropy", "long_row"): 64,
@@ -47,7 +47,7 @@ REGISTERS: dict[tuple[str | int, ...], int] = {
     ("alignment_loss", "group_pairs"): 32,
     ("attention", "forward", 64): 128,
     ("attention", "forward", 128): 168,
-    ("attention", "forward", 256): 255,
+    ("attention", "forward_chunked", 128): 168,
     ("attention", "backward", 64): 255,
     ("attention", "backward", 128): 255,
 }
@@ -62,7 +62,8 @@ KERNELS = {
     ("alignment_loss", "backward"): 3 * 2,
     ("alignment_loss", "largest"): 3 * 2,
     ("alignment_loss", "group_pairs"): 1,
-    ("attention", "forward"): 2 * 2 * 3,
+    ("attention", "forward"): 2 * 2 * 2,
+    ("attention", "forward_chunked"): 2 * 2,
     ("attention", "backward"): 2 * (6 + 9),
 }
 

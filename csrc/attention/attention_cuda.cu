@@ -8,7 +8,8 @@
 // has 16 queries at a time, and theirs come while those before are computed: with all keys of a row in registers there
 // is one maximum and one sum, and nothing is computed twice. With a causal mask later queries see more keys: the warps
 // take the tiles of queries in an order that goes back and forth, so that they have as much to do. Products are
-// mma.sync of 16-bit numbers, sums are in float32; there are no atomics.
+// mma.sync of 16-bit numbers, sums are in float32; there are no atomics. More than 128 keys go by 128 at a time, for 64
+// queries of a block (forward_chunked).
 //
 // The backward pass is one kernel, which reads neither the output nor anything else of the forward pass: q, k, v and dO
 // in, dQ, dK and dV out; only where there are more than 128 keys it goes through them 128 at a time, and wants the
@@ -100,16 +101,15 @@ void with_rows(const Tensor& query, F&& f) {
                                               : with.template operator()<Float16>();
 }
 
-// max_k: keys of a sequence at most. Writes out, and returns lse, [B, H, L] or packed [H, total].
+// max_q, max_k: queries and keys of a sequence at most. Writes out, and returns lse, [B, H, L] or packed [H, total].
 Tensor cuda_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                               const std::optional<Tensor>& key_lengths, const std::optional<Tensor>& prefix_lengths,
                               const std::optional<Tensor>& cu_seq_q, const std::optional<Tensor>& cu_seq_k,
-                              int64_t max_k, const std::optional<Tensor>& seed, double dropout_p, int64_t causal,
-                              double scale, const Tensor& out) {
+                              int64_t max_q, int64_t max_k, const std::optional<Tensor>& seed, double dropout_p,
+                              int64_t causal, double scale, const Tensor& out) {
   using torch::stable::new_empty;
   Problem p =
       problem_of(query, key, value, {key_lengths, prefix_lengths, cu_seq_q, cu_seq_k, seed, dropout_p, causal, scale});
-  STD_TORCH_CHECK(max_k <= 256, "there must be at most 256 keys, and there are ", max_k);
   check_rows(out, "out", query, query.size(query.dim() - 1));
   p.out = rows_of(out);
   const int64_t rows = p.lse_head, B = p.cu_seq_q ? cu_seq_q->numel() - 1 : query.size(0);
@@ -127,7 +127,11 @@ Tensor cuda_attention_forward(const Tensor& query, const Tensor& key, const Tens
     };
     if (max_k <= 64) return run.template operator()<64, 4>();
     if (max_k <= 128) return run.template operator()<128, 4>();
-    run.template operator()<256, 8>();
+    constexpr int KEYS = 128, WARPS = 4, ROWS = WARPS * TILE;
+    p.blocks = static_cast<unsigned>(((p.cu_seq_q ? max_q : query.size(2)) + ROWS - 1) / ROWS);
+    STD_TORCH_CHECK(uint64_t{p.heads} * p.blocks <= 0x7fffffff, "there are too many queries");
+    launch<&forward_chunked<E, D, KEYS, WARPS>>({p.heads * p.blocks}, {WARPS * 32}, (4 * KEYS + ROWS) * D * sizeof(E),
+                                                p);
   });
   return lse;
 }

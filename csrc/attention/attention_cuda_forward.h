@@ -1,4 +1,4 @@
-// The forward kernel of attention over few keys on CUDA devices (see attention_cuda.cu).
+// The forward kernels of attention on CUDA devices (see attention_cuda.cu).
 #pragma once
 
 #include "attention_cuda_tile.h"
@@ -6,13 +6,28 @@
 namespace nlpfast::cuda {
 namespace {
 
+// Writes what a warp has of 16 rows from i0 on: sums of values, maxima and sums of weights in base 2.
+template <class E, int D>
+__device__ __forceinline__ void finish_rows(const Problem& p, const Head& head, int i0, const float (&o)[D / 8][4],
+                                            const float (&maximum)[2], const float (&total)[2]) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  // not > 0: NaN in a query is to stay NaN
+  const bool empty[2] = {total[0] == 0.0f, total[1] == 0.0f};
+  const float factor[2] = {empty[0] ? 0.0f : p.dropping.factor / total[0],
+                           empty[1] ? 0.0f : p.dropping.factor / total[1]};
+  store_sums<E, D>(o, factor, head.row<E>(p.out, head.h, head.q_first + i0), p.out.row, head.queries - i0);
+  if (t) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    if (const int i = i0 + g + 8 * r; i < head.queries)
+      p.lse[head.lse_place(p, head.h, i)] = empty[r] ? -INFINITY : maximum[r] * LN_2 + logf(total[r]);
+}
+
 template <class E, int D, int KEYS, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
-                                              : KEYS == 128 ? 3
-                                                            : 1) forward(Problem p) {
+__global__ void __launch_bounds__(WARPS * 32, KEYS == 64 ? 4 : 3) forward(Problem p) {
   constexpr int K_TILES = KEYS / 8;
   E* memory = reinterpret_cast<E*>(shared_memory());
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
   // two stages of keys and values, and of each warp's queries
   const auto stage_of = [&](int stage) { return memory + stage * 2 * KEYS * D; };
   E* own = memory + 4 * KEYS * D + warp * 2 * TILE * D;
@@ -77,18 +92,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
 #pragma unroll
       for (int j = 0; j < K_TILES; j += 2)
         if (j * 8 < most) add_rows<E, D>(o, weights_of<E>(s[j], s[j + 1]).word, v, j / 2);
-
-      // not > 0: NaN in a query is to stay NaN
-      const bool empty[2] = {total[0] == 0.0f, total[1] == 0.0f};
-      const float factor[2] = {empty[0] ? 0.0f : p.dropping.factor / total[0],
-                               empty[1] ? 0.0f : p.dropping.factor / total[1]};
-      store_sums<E, D>(o, factor, head.row<E>(p.out, head.h, head.q_first + i0), p.out.row, head.queries - i0);
-      if (t == 0) {
-        float* lse = p.lse + head.b * p.lse_batch + head.h * p.lse_head + head.q_first + i0;
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          if (i0 + g + 8 * r < head.queries) lse[g + 8 * r] = empty[r] ? -INFINITY : maximum[r] * LN_2 + logf(total[r]);
-      }
+      finish_rows<E, D>(p, head, i0, o, maximum, total);
       // the place is free for the queries after the next
       __syncwarp();
     }
@@ -96,6 +100,75 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64    ? 4
     wait_for_copies<0>();
     __syncthreads();
   }
+}
+
+// Where there are more keys than registers hold, a block has WARPS tiles of queries of a head, and the keys that they
+// see go by, KEYS at a time and the next under way: sums and weights are relative to the largest score so far.
+template <class E, int D, int KEYS, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32, 3) forward_chunked(Problem p) {
+  constexpr int K_TILES = KEYS / 8, ROWS = WARPS * TILE;
+  E* memory = reinterpret_cast<E*>(shared_memory());
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+  const auto stage_of = [&](int stage) { return memory + stage % 2 * 2 * KEYS * D; };
+  E* own = memory + 4 * KEYS * D + warp * TILE * D;
+
+  Head head(p, blockIdx.x / p.blocks, p.H);
+  // with a causal mask the last queries have the most to do, and come first
+  const int first = static_cast<int>(p.blocks - 1 - blockIdx.x % p.blocks) * ROWS, i0 = first + warp * TILE;
+  if (first >= head.queries) return;
+  const int last = first + ROWS < head.queries ? first + ROWS : head.queries, seen = head.limit(p, last - 1);
+  const auto start_keys = [&](int base, int stage) {
+    if (base < seen) {
+      const E* k = head.row<E>(p.k, head.h / p.group, head.k_first + base);
+      const E* v = head.row<E>(p.v, head.h / p.group, head.k_first + base);
+      start_rows<E, D, KEYS, WARPS * 32>(stage_of(stage), k, p.k.row, seen - base, threadIdx.x);
+      start_rows<E, D, KEYS, WARPS * 32>(stage_of(stage) + KEYS * D, v, p.v.row, seen - base, threadIdx.x);
+    }
+    close_copies();
+  };
+  const E* q = head.row<E>(p.q, head.h, head.q_first + i0);
+  start_rows<E, D, TILE, 32>(own, q, p.q.row, head.queries - i0, threadIdx.x % 32);
+  start_keys(0, 0);
+  const Seeds seeds(p.dropping);
+  float o[D / 8][4] = {}, highest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+  for (int stage = 0; head.base < seen; head.base += KEYS, ++stage) {
+    start_keys(head.base + KEYS, stage + 1);
+    wait_for_copies<1>();
+    __syncthreads();
+    const int least = head.least_of(p, i0), most = head.most_of(p, i0);
+    if (most > 0) {
+      const auto k = Places<E, D>::across(stage_of(stage)), v = Places<E, D>::down(stage_of(stage) + KEYS * D);
+      const int limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
+      float s[K_TILES][4], maximum[2], total[2], part[D / 8][4] = {}, scales[2], before[2];
+      multiply_keys<E, D, KEYS>(s, Left<E, D>(own), k, most);
+      exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
+#pragma unroll
+      for (int j = 0; j < K_TILES; j += 2) {
+        if (j * 8 >= most) continue;
+        if (p.dropping.threshold)
+          for_dropped(p.dropping, seeds, static_cast<unsigned>(head.b * p.H + head.h), i0, head.base, j,
+                      [&](int tile, int e) { s[tile][e] = 0.0f; });
+        add_rows<E, D>(part, weights_of<E>(s[j], s[j + 1]).word, v, j / 2);
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        // a row that sees none of these; NaN is no 0
+        const float here = total[r] == 0.0f ? -INFINITY : maximum[r], top = fmaxf(highest[r], here);
+        const float base = top == -INFINITY ? 0.0f : top;
+        scales[r] = exp2_of(here - base), before[r] = exp2_of(highest[r] - base);
+        sum[r] = sum[r] * before[r] + total[r] * scales[r];
+        highest[r] = top;
+      }
+#pragma unroll
+      for (int d = 0; d < D / 8; ++d)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[d][e] = o[d][e] * before[e / 2] + part[d][e] * scales[e / 2];
+    }
+    // no warp reads these keys any more when the ones after the next are started over them
+    __syncthreads();
+  }
+  wait_for_copies<0>();
+  if (i0 < head.queries) finish_rows<E, D>(p, head, i0, o, highest, sum);
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ struct Problem {
   const int64_t *key_lengths, *prefix_lengths, *cu_seq_q, *cu_seq_k;  // each may be null
   Dropping dropping;
   int H, group, L, S, causal;
-  unsigned heads;  // those that blocks go through: of queries, in the backward pass of keys
+  unsigned heads;   // those that blocks go through: of queries, in the backward pass of keys
+  unsigned blocks;  // of queries of a head, forward where there are many keys
   float scale;
 };
 

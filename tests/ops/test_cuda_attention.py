@@ -27,9 +27,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, causal: str = "none", **options) -> tup
     """Run the kernel in memory that holds no numbers."""
     out = torch.full_like(q, torch.nan)
     names = ("key_lengths", "prefix_lengths", "cu_seq_q", "cu_seq_k")
-    max_k = options.get("max_k", k.shape[-2])
+    longest = options.get("longest", (q.shape[-2], k.shape[-2]))
     lse = torch.ops.nlpfast.cuda_attention_forward(
-        *(q, k, v, *(options.get(name) for name in names), max_k, options.get("seed")),
+        *(q, k, v, *(options.get(name) for name in names), *longest, options.get("seed")),
         *(options.get("dropout_p", 0.0), CAUSAL[causal], q.shape[-1] ** -0.5, out),
     )
     return out, lse
@@ -54,7 +54,9 @@ def assert_right(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
 @pytest.mark.parametrize("D", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "sizes", [(1, 1), (16, 16), (17, 9), (64, 64), (33, 65), (5, 128), (100, 129), (20, 256)], ids=str
+    "sizes",
+    [(1, 1), (16, 16), (17, 9), (64, 64), (33, 65), (5, 128), (100, 129), (20, 256), (130, 400)],
+    ids=str,
 )
 def test_forward(sizes: tuple[int, int], dtype: torch.dtype, D: int, causal: str) -> None:
     q, k, v = inputs(2, 3, 3, *sizes, D, dtype)
@@ -88,7 +90,7 @@ def test_dropout_is_that_of_the_definition(p: float) -> None:
 def test_packed_sequences() -> None:
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in inputs(1, 2, 2, 90, 90, 32, torch.bfloat16))
     ends = torch.tensor([0, 10, 10, 57, 90])
-    found = run(q, k, v, "top_left", cu_seq_q=ends, cu_seq_k=ends, max_k=47, dropout_p=0.2, seed=SEED)
+    found = run(q, k, v, "top_left", cu_seq_q=ends, cu_seq_k=ends, longest=(47, 47), dropout_p=0.2, seed=SEED)
     expected = varlen_attention(
         *(x.double() for x in (q, k, v)), ends, ends, 47, 47, is_causal=True, dropout_p=0.2, seed=SEED,
         return_lse=True, backend="reference",
@@ -135,7 +137,19 @@ def assert_as_defined(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "sizes",
-    [(1, 1), (16, 16), (17, 9), (64, 64), (33, 65), (150, 40), (128, 128), (100, 99), (60, 200), (140, 129)],
+    [
+        (1, 1),
+        (16, 16),
+        (17, 9),
+        (64, 64),
+        (33, 65),
+        (150, 40),
+        (128, 128),
+        (100, 99),
+        (60, 200),
+        (140, 129),
+        (33, 290),
+    ],
     ids=str,
 )
 def test_gradients(sizes: tuple[int, int], dtype: torch.dtype, D: int, causal: str) -> None:
@@ -217,7 +231,7 @@ def test_what_is_refused() -> None:
         ((q.float(), k.float(), v.float(), None), "computes in bfloat16 and float16"),
         ((q[..., :16], k[..., :16], v[..., :16], None), "got 16 and 16"),
         ((q, k, v[..., :16], None), "got 32 and 16"),
-        ((q, k.expand(1, 1, 4, 32).repeat(1, 1, 65, 1), v, None), "got 260"),
+        ((q, k.expand(1, 1, 4, 32).repeat(1, 1, 129, 1), v, None), "got 516"),
         ((q, k, v, torch.ones(4, 4, dtype=torch.bool)), "no attn_mask"),
         ((q.to("meta"), k, v, None), "are on meta"),
     ):

@@ -53,19 +53,28 @@ def heads(B: int, H: int, L: int, D: int) -> torch.Tensor:
     return torch.zeros(1, 1, L, D, dtype=HALF).expand(B, H, L, D)
 
 
-@pytest.mark.parametrize("S", [1, 64, 65, 128, 129, 256])
+@pytest.mark.parametrize("S", [1, 64, 65, 128])
 @pytest.mark.parametrize("D", [32, 64])
 def test_attention_goes_from_head_to_head(S: int, D: int) -> None:
     """A grid has no more blocks than the device has room for, however many heads there are."""
     q, k = heads(30_000, 4, 3, D), heads(30_000, 4, S, D)
     nothing = (None, None, None, None)
     (launch,) = launches(
-        lambda: torch.ops.nlpfast.cuda_attention_forward(q, k, k, *nothing, S, None, 0.0, 0, 1.0, q)
+        lambda: torch.ops.nlpfast.cuda_attention_forward(q, k, k, *nothing, 3, S, None, 0.0, 0, 1.0, q)
     )
-    keys = next(n for n in (64, 128, 256) if n >= S)
-    assert launch.threads == (256 if keys == 256 else 128)
-    assert launch.shared == (4 * keys + launch.threads) * D * 2
+    keys = 64 if S <= 64 else 128
+    assert launch.threads == 128 and launch.shared == (4 * keys + 128) * D * 2
     assert 1 <= launch.grid[0] <= 232_448 // launch.shared and launch.grid[1:] == (1, 1)
+
+
+def test_many_keys_have_a_block_for_64_queries() -> None:
+    q, k = heads(30_000, 4, 130, 64), heads(30_000, 4, 129, 64)
+    nothing = (None, None, None, None)
+    (launch,) = launches(
+        lambda: torch.ops.nlpfast.cuda_attention_forward(q, k, k, *nothing, 130, 129, None, 0.0, 0, 1.0, q)
+    )
+    assert launch.grid == (30_000 * 4 * 3, 1, 1) and launch.threads == 128
+    assert launch.shared == (4 * 128 + 64) * 64 * 2
 
 
 def test_too_many_heads_are_refused() -> None:
@@ -73,7 +82,7 @@ def test_too_many_heads_are_refused() -> None:
     with pytest.raises(RuntimeError, match="too many heads"):
         launches(
             lambda: torch.ops.nlpfast.cuda_attention_forward(
-                q, q, q, None, None, None, None, 1, None, 0.0, 0, 1.0, q
+                q, q, q, None, None, None, None, 1, 1, None, 0.0, 0, 1.0, q
             )
         )
 

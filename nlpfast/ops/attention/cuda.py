@@ -14,10 +14,10 @@ from nlpfast.ops.pair_rows import group_pairs
 from nlpfast.ops.vectors import on_vectors
 
 SERVES = (
-    "CUDA devices; bfloat16 and float16, D and Dv both 32 or 64, up to 256 keys, no attn_mask, any strides"
+    "CUDA devices; bfloat16 and float16, D and Dv both 32 or 64, up to 512 keys, no attn_mask, any strides"
 )
 DTYPES = (torch.bfloat16, torch.float16)
-HEAD_SIZES, MAX_KEYS = (32, 64), 256
+HEAD_SIZES, MAX_KEYS = (32, 64), 512
 # Heads and rows at most for which gradients at pairs are added on the way.
 HEADS_WITH_PAIRS, ROWS_WITH_PAIRS = 32, 64
 CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
@@ -75,9 +75,12 @@ def forward(
     check_lengths("key_lengths", key_lengths, key.shape[2])
     check_lengths("prefix_lengths", prefix_lengths, key.shape[2])
     out = _like(query)
+    *masks, max_k, seed, dropout_p, kind, scale = _options(
+        key, key_lengths, prefix_lengths, seed, dropout_p, causal, scale
+    )
     lse = torch.ops.nlpfast.cuda_attention_forward(
         *(lying(x) for x in (query, key, value)),
-        *_options(key, key_lengths, prefix_lengths, seed, dropout_p, causal, scale),
+        *(*masks, query.shape[2], max_k, seed, dropout_p, kind, scale),
         out,
     )
     return out, lse, None

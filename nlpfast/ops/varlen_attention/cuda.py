@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nlpfast.ops.attention import cuda as attention
 
-SERVES = "CUDA devices; bfloat16 and float16, D and Dv both 32 or 64, up to 256 keys a sequence, any strides"
+SERVES = "CUDA devices; bfloat16 and float16, D and Dv both 32 or 64, up to 512 keys a sequence, any strides"
 
 
 def refusal(
@@ -34,9 +34,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return out [total_q, H, D] and lse [H, total_q], as the reference does; backward takes these."""
     out = query.new_empty(query.shape)
+    *masks, max_k, seed, dropout_p, kind, scale = _options(
+        cu_seq_q, cu_seq_k, max_k, seed, dropout_p, causal, scale
+    )
     lse = torch.ops.nlpfast.cuda_attention_forward(
         *(attention.lying(x) for x in (query, key, value)),
-        *_options(cu_seq_q, cu_seq_k, max_k, seed, dropout_p, causal, scale),
+        *(*masks, max_q, max_k, seed, dropout_p, kind, scale),
         out,
     )
     return out, lse, None
