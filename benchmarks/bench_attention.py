@@ -31,8 +31,7 @@ OP = "attention"
 OURS = "nlpfast"
 # The strongest rival first: the quick run has time for one.
 PEERS = ("sdpa", "eager", "compile")
-# PyTorch's attention by name: as it chooses itself, or held to one backend.
-SDPA = {
+SDPA = {  # PyTorch's attention by name: as it chooses itself, or held to one backend
     "sdpa": None,
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
