@@ -184,7 +184,7 @@ def attention(case: bench_attention.Case, pairs: bool = False) -> Iterator[Launc
         case.name,
         ("attention", "forward" if chunks == 1 else "forward_chunked", kind, (D, K, 4)),
         warps=4,
-        shared=(4 * K + (128 if chunks == 1 else 64)) * D * 2,
+        shared=(4 * K + 64) * D * 2,
         bytes=2 * rows + 2 * keys + 4 * B * H * L,
         rounds=(0, B * H * 4, tiles) if chunks == 1 else (tiles, tiles * chunks * share),
         in_flight=2 * K * D * 2 + 64 * D * 2,

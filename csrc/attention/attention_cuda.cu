@@ -121,7 +121,7 @@ Tensor cuda_attention_forward(const Tensor& query, const Tensor& key, const Tens
   const OnDevice guard(query);
   with_rows(query, [&]<class E, int D>() {
     const auto run = [&]<int KEYS, int WARPS>() {
-      const size_t shared = (4 * KEYS + 2 * WARPS * TILE) * D * sizeof(E);
+      const size_t shared = (4 * KEYS + WARPS * TILE) * D * sizeof(E);
       const unsigned most = multiprocessors(query) * static_cast<unsigned>(MAX_SHARED / shared);
       launch<&forward<E, D, KEYS, WARPS>>({p.heads < most ? p.heads : most}, {WARPS * 32}, shared, p);
     };

@@ -28,9 +28,9 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64 ? 4 : 3) forward(Proble
   constexpr int K_TILES = KEYS / 8;
   E* memory = reinterpret_cast<E*>(shared_memory());
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-  // two stages of keys and values, and of each warp's queries
+  // two stages of keys and values, and each warp's queries
   const auto stage_of = [&](int stage) { return memory + stage * 2 * KEYS * D; };
-  E* own = memory + 4 * KEYS * D + warp * 2 * TILE * D;
+  E* own = memory + 4 * KEYS * D + warp * TILE * D;
 
   const auto start_keys = [&](unsigned number, int stage) {
     if (number < p.heads) {
@@ -54,32 +54,31 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64 ? 4 : 3) forward(Proble
     const auto start_queries = [&](int n) {
       const int i0 = tile_of(n) * TILE;
       const E* q = head.row<E>(p.q, head.h, head.q_first + i0);
-      if (i0 < head.queries) start_rows<E, D, TILE, 32>(own + n % 2 * TILE * D, q, p.q.row, head.queries - i0, lane);
+      if (i0 < head.queries) start_rows<E, D, TILE, 32>(own, q, p.q.row, head.queries - i0, lane);
       close_copies();
     };
     start_queries(0);
     start_keys(number + gridDim.x, stage ^ 1);
     const auto k = Places<E, D>::across(stage_of(stage)), v = Places<E, D>::down(stage_of(stage) + KEYS * D);
-    // the keys of this head are there when the queries are, which were started later
-    bool waited = false;
     for (int n = 0; n * WARPS < tiles; ++n) {
       const int i0 = tile_of(n) * TILE;
-      start_queries(n + 1);
-      if (!waited) {
-        // in flight may be the next head's keys and the next queries
-        wait_for_copies<2>();
-        __syncthreads();
-        waited = true;
-      } else {
+      if (n == 0) {
+        // the keys of this head are there when the queries are; in flight may be the next head's
         wait_for_copies<1>();
+        __syncthreads();
+      } else {
+        wait_for_copies<0>();
         __syncwarp();
       }
       if (i0 >= head.queries) continue;
-      E* tile = own + n % 2 * TILE * D;
+      const Left<E, D> left(own);
+      // their place is free for the queries after these
+      __syncwarp();
+      start_queries(n + 1);
       const int limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
       const int least = head.least_of(p, i0), most = head.most_of(p, i0);
       float s[K_TILES][4], maximum[2], total[2];
-      multiply_keys<E, D, KEYS>(s, Left<E, D>(tile), k, most);
+      multiply_keys<E, D, KEYS>(s, left, k, most);
       exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
       if (p.dropping.threshold) {
         const Seeds seeds(p.dropping);
@@ -93,8 +92,6 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64 ? 4 : 3) forward(Proble
       for (int j = 0; j < K_TILES; j += 2)
         if (j * 8 < most) add_rows<E, D>(o, weights_of<E>(s[j], s[j + 1]).word, v, j / 2);
       finish_rows<E, D>(p, head, i0, o, maximum, total);
-      // the place is free for the queries after the next
-      __syncwarp();
     }
     // no warp reads these keys any more when the ones after the next are started over them
     wait_for_copies<0>();
