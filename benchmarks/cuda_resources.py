@@ -56,7 +56,7 @@ def kernel_of(arch: str, mangled: str) -> Kernel:
     assert found is not None, mangled
     given = found[3] or ""
     numbers = re.findall(r"L[ib](\d+)E", given)
-    types = re.findall(r"Bfloat16|Float16|(?<![A-Za-z0-9])f|(?<=^)f|(?<=E)f", given)
+    types = re.findall(r"Bfloat16|Float16|^f|(?<=E)f", given)
     return Kernel(arch, found[1], found[2], tuple(types), tuple(map(int, numbers)))
 
 

@@ -39,6 +39,20 @@ inline bool rows_on_vectors(const Tensor& x) {
   return aligned;
 }
 
+// The same, and each ends there.
+inline bool whole_vectors(const Tensor& x) {
+  return x.size(x.dim() - 1) % (16 / static_cast<int64_t>(x.element_size())) == 0 && rows_on_vectors(x);
+}
+
+// Numbers that lie together; raises RuntimeError unless they are n of this type, on the device of `input`.
+template <class T>
+T* numbers_of(const Tensor& x, const char* name, const Tensor& input, ScalarType type, int64_t n) {
+  check_on_device(x, name, input);
+  STD_TORCH_CHECK(x.scalar_type() == type && x.is_contiguous() && x.numel() == n, name, " must be ", n, " contiguous ",
+                  type);
+  return static_cast<T*>(const_cast<void*>(x.const_data_ptr()));
+}
+
 #ifdef NLPFAST_EMULATE_CUDA
 
 struct OnDevice {

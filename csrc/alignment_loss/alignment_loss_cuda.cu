@@ -32,15 +32,6 @@ Rows rows_of(const Tensor& x) {
   return {static_cast<char*>(const_cast<void*>(x.const_data_ptr())), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// Numbers that lie together.
-template <class T>
-T* numbers_of(const Tensor& x, const char* name, const Tensor& query, ScalarType type, int64_t n) {
-  check_on_device(x, name, query);
-  STD_TORCH_CHECK(x.scalar_type() == type && x.is_contiguous() && x.numel() == n, name, " must be ", n,
-                  " contiguous numbers of its type");
-  return static_cast<T*>(const_cast<void*>(x.const_data_ptr()));
-}
-
 Problem problem_of(const Tensor& query, const Tensor& key, const std::vector<int64_t>& heads, double scale) {
   floating_dtype(query, "query");
   check_rows(query, "query", query), check_rows(key, "key", query);
@@ -72,10 +63,6 @@ void with_rows(const Tensor& query, bool vectors, F&& f) {
   const Dtype dtype = floating_dtype(query, "query");
   if (dtype == Dtype::float32) return with.template operator()<float>();
   dtype == Dtype::bfloat16 ? with.template operator()<Bfloat16>() : with.template operator()<Float16>();
-}
-
-bool whole_vectors(const Tensor& x) {
-  return x.size(3) % (16 / static_cast<int64_t>(x.element_size())) == 0 && rows_on_vectors(x);
 }
 
 // Warps have numbers of 32 bits.

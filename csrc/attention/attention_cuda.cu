@@ -44,12 +44,8 @@ Rows rows_of(const Tensor& x) {
   return {data, x.stride(0), x.stride(1), x.stride(2)};
 }
 
-const int64_t* numbers_of(const std::optional<Tensor>& x, const char* name, const Tensor& query, int64_t n) {
-  if (!x) return nullptr;
-  check_on_device(*x, name, query);
-  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Long && x->is_contiguous() && x->numel() == n, name, " must be ", n,
-                  " contiguous int64");
-  return static_cast<const int64_t*>(x->const_data_ptr());
+const int64_t* integers_of(const std::optional<Tensor>& x, const char* name, const Tensor& query, int64_t n) {
+  return x ? numbers_of<const int64_t>(*x, name, query, ScalarType::Long, n) : nullptr;
 }
 
 struct Sequences {
@@ -77,14 +73,14 @@ Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, 
   p.H = static_cast<int>(H), p.group = static_cast<int>(H / Hk), p.causal = static_cast<int>(options.causal);
   p.L = packed ? 0 : static_cast<int>(query.size(2)), p.S = packed ? 0 : static_cast<int>(key.size(2));
   p.scale = static_cast<float>(options.scale);
-  p.key_lengths = numbers_of(options.key_lengths, "key_lengths", query, B);
-  p.prefix_lengths = numbers_of(options.prefix_lengths, "prefix_lengths", query, B);
-  p.cu_seq_q = numbers_of(options.cu_seq_q, "cu_seq_q", query, B + 1);
-  p.cu_seq_k = numbers_of(options.cu_seq_k, "cu_seq_k", query, B + 1);
+  p.key_lengths = integers_of(options.key_lengths, "key_lengths", query, B);
+  p.prefix_lengths = integers_of(options.prefix_lengths, "prefix_lengths", query, B);
+  p.cu_seq_q = integers_of(options.cu_seq_q, "cu_seq_q", query, B + 1);
+  p.cu_seq_k = integers_of(options.cu_seq_k, "cu_seq_k", query, B + 1);
   STD_TORCH_CHECK(!p.cu_seq_q == !p.cu_seq_k, "cu_seq_q and cu_seq_k are given together");
   if (options.seed) {
     STD_TORCH_CHECK(options.dropout_p >= 0.0 && options.dropout_p <= 1.0, "dropout_p must be in [0, 1]");
-    p.dropping = {numbers_of(options.seed, "seed", query, 2), static_cast<int>(options.dropout_p * 65536.0 + 0.5),
+    p.dropping = {integers_of(options.seed, "seed", query, 2), static_cast<int>(options.dropout_p * 65536.0 + 0.5),
                   options.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - options.dropout_p)) : 0.0f};
   }
   p.lse_head = query.size(packed ? 0 : 2), p.lse_batch = packed ? 0 : H * p.lse_head;
@@ -150,19 +146,10 @@ PairSlopes pairs_of(const Tensor& query, const std::optional<Tensor>& slopes, co
                   "slopes are added for up to ", ROWS_WITH_PAIRS, " queries and keys and ", PairSlopes::MAX_HEADS,
                   " heads, each with keys of its own");
   const int64_t P = pairs->size(0), n = static_cast<int64_t>(heads.size());
-  for (const Tensor* x : {&*slopes, &*pairs, &*order, &*begin}) {
-    check_on_device(*x, "pairs", query);
-    STD_TORCH_CHECK(x->is_contiguous(), "what is given of pairs must be contiguous");
-  }
-  STD_TORCH_CHECK(slopes->scalar_type() == ScalarType::Float && slopes->numel() == P * n &&
-                      pairs->scalar_type() == ScalarType::Long && pairs->numel() == 3 * P &&
-                      order->scalar_type() == ScalarType::Int && order->numel() == P &&
-                      begin->scalar_type() == ScalarType::Int && begin->numel() == query.size(0) * p.L + 1,
-                  "slopes must be float32 [P, n], pairs int64 [P, 3], by_query and query_begin as of cuda_group_pairs");
-  added.slopes = static_cast<const float*>(slopes->const_data_ptr());
-  added.pairs = static_cast<const int64_t*>(pairs->const_data_ptr());
-  added.order = static_cast<const int*>(order->const_data_ptr());
-  added.begin = static_cast<const int*>(begin->const_data_ptr());
+  added.slopes = numbers_of<const float>(*slopes, "slopes", query, ScalarType::Float, P * n);
+  added.pairs = numbers_of<const int64_t>(*pairs, "pairs", query, ScalarType::Long, 3 * P);
+  added.order = numbers_of<const int>(*order, "by_query", query, ScalarType::Int, P);
+  added.begin = numbers_of<const int>(*begin, "query_begin", query, ScalarType::Int, query.size(0) * p.L + 1);
   added.n = static_cast<int>(n);
   for (int64_t i = 0; i < n; ++i) added.heads[i] = static_cast<uint16_t>(heads[i]);
   return added;

@@ -49,13 +49,6 @@ void backward(const Problem& p, unsigned rows) {
   launch<&gradient_row<E, PER_VECTOR<E>, GRADIENT_THREADS, PER == 1>>({rows}, {GRADIENT_THREADS}, 0, p);
 }
 
-// Whether the rows begin at multiples of 16 bytes, and end there.
-bool on_vectors(const Tensor& x) {
-  const int64_t per = 16 / x.element_size();
-  const bool strides = (x.size(0) == 1 || x.stride(0) % per == 0) && (x.size(1) == 1 || x.stride(1) % per == 0);
-  return x.size(2) % per == 0 && strides && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-}
-
 void check_rows(const Tensor& x, const char* name, const Tensor& input) {
   check_on_device(x, name, input);
   STD_TORCH_CHECK(x.dim() == 3 && (x.size(2) <= 1 || x.stride(2) == 1), name,
@@ -116,11 +109,11 @@ Results cuda_cross_entropy_forward(const Tensor& input, const Tensor& target, in
   using torch::stable::new_empty;
   Problem p = problem_of(input, target, ignore_index, pad_index, on_target, on_other);
   STD_TORCH_CHECK(grad_scale.has_value() == gradient.has_value(), "a gradient has a scale, and the other way round");
-  bool vectors = on_vectors(input);
+  bool vectors = whole_vectors(input);
   if (gradient) {
     check_rows(*gradient, "gradient", input);
     p.gradient = rows_of(*gradient), p.scale = scale_of(grad_scale, input);
-    vectors = vectors && on_vectors(*gradient);
+    vectors = vectors && whole_vectors(*gradient);
   }
   const int64_t B = input.size(0), T = input.size(1);
   Tensor loss = new_empty(input, {B, T}, ScalarType::Float), nll = new_empty(input, {B, T}, ScalarType::Float);
@@ -158,7 +151,7 @@ void cuda_cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, c
   const int64_t rows = input.size(0) * input.size(1);
   if (rows == 0) return;
   const OnDevice guard(input);
-  const bool vectors = on_vectors(gradient) && (rescale || on_vectors(input));
+  const bool vectors = whole_vectors(gradient) && (rescale || whole_vectors(input));
   with_elements(input, vectors, [&]<class E, int PER>() { backward<E, PER>(p, static_cast<unsigned>(rows)); });
 }
 
