@@ -38,10 +38,11 @@ RATES = {
     "instructions": (0.93e12, "a warp's instructions", "four a clock on each of 132 multiprocessors"),
 }
 REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 233472
-# Of cross entropy's listing: for eight numbers of 16 bits maximum, sum and gradient; four of 32; and a row.
-OF_PIECE, OF_ROW = {2: 33 + 40 + 47, 4: 14 + 16 + 19}, 300
-# More for each where rows begin anywhere: shifted at both readings, exchanged and shifted to be written.
-OF_ANYWHERE = 2 * 20 + 45
+# Of cross entropy's listing: for eight numbers of 16 bits maximum, smoothing, sum and gradient; of 32 for
+# four; and a row.
+OF_PIECE, OF_ROW = {2: 18 + 17 + 32 + 36, 4: 10 + 9 + 12 + 14}, 300
+# Where rows begin anywhere: shifted when read, exchanged and shifted to be written.
+READ_ANYWHERE, WRITTEN_ANYWHERE = 32, 47
 HEADINGS = (
     *(
         "case",
@@ -150,23 +151,25 @@ def losses(case: bench_cross_entropy.Case) -> Iterator[Launch]:
     """Yield the launch of cross entropy's forward pass, which writes the gradient."""
     (N, V), size = case.shape, case.dtype.itemsize
     per = 16 // size
-    vectors = per if V % per == 0 else 1
+    anywhere = V % per != 0
     sizes = ((128, 1), (128, 4), (256, 8), (512, 8), (1024, 8))
-    whole = next((x for x in sizes if x[0] * x[1] * vectors >= V), None)
-    threads = 1024 if whole is None else whole[0]
-    anywhere = whole is None and vectors == 1
-    numbers = (per, 1024, int(anywhere)) if whole is None else (vectors, *whole)
+    whole = next((x for x in sizes if x[0] * x[1] * per >= V), None)
+    threads, together = whole or (1024, 4)
+    numbers = (per, threads, *(() if whole is None else (together,)), int(anywhere))
     copy = 2 * N * V * size / RATES["memory"][0]
+    of_piece = OF_PIECE[size]
+    if anywhere:
+        of_piece += READ_ANYWHERE * (2 if whole is None else 1) + WRITTEN_ANYWHERE
     yield Launch(
         case.name,
         ("cross_entropy", "long_row" if whole is None else "whole_row", _type(case.dtype), numbers),
         warps=threads // 32,
-        shared=256,
+        shared=256 + anywhere * together * threads,
         bytes=2 * N * V * size + 25 * N,
         rounds=(N * threads / 32,),
-        in_flight=min(V * size, threads * numbers[0] * size * (4 if whole is None else whole[1])),
+        in_flight=min(V * size, threads * 16 * together),
         exps=2 * N * V,
-        instructions=((OF_PIECE[size] + anywhere * OF_ANYWHERE) * V / per / threads + OF_ROW,),
+        instructions=(of_piece * V / per / threads + OF_ROW,),
         goal="loss",
         limit=copy / 0.9,
     )

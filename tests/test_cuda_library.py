@@ -78,9 +78,9 @@ def wanted_of(kernel: Kernel) -> int:
 
 def reads_vectors(kernel: Kernel) -> bool:
     """Whether it reads 16 bytes at once."""
-    if kernel.source == "cross_entropy":
-        return kernel.numbers[0] > 1
-    return kernel.source == "attention" or bool(kernel.numbers and kernel.numbers[-1])
+    if kernel.source in ("cross_entropy", "attention"):
+        return True
+    return bool(kernel.numbers and kernel.numbers[-1])
 
 
 def accesses(kernel: Kernel) -> tuple[str, ...]:

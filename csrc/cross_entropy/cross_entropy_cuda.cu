@@ -13,9 +13,8 @@
 // whose target is far above all others. A piece that holds the target, or the class without mass, is looked at class by
 // class; the gradients of both are put right when the others are written.
 //
-// A piece is 16 bytes where rows begin at multiples of 16 bytes. Where they begin anywhere, as with an odd number of
-// classes, it is one element in a short row, and in a long one 16 bytes that are put together out of two (Unaligned).
-// Sums are added in an order that depends on V and on the piece alone. There are no atomics.
+// A piece is 16 bytes. Where rows begin anywhere, as with an odd number of classes, it is put together out of two
+// (Unaligned). Sums are added in an order that depends on V and the dtype alone. There are no atomics.
 //
 // Legend: B sequences, T rows of each, V classes.
 #include "../cuda_launch.h"
@@ -24,29 +23,38 @@
 namespace nlpfast::cuda {
 namespace {
 
-constexpr size_t SCRATCH = 2 * WARP_SIZE * sizeof(float);
 constexpr int LONG_THREADS = 1024, GRADIENT_THREADS = 256;
 
-template <class E, int PER, int THREADS, int PIECES>
+// The shared memory of a block that holds so many pieces of a row.
+template <bool UNALIGNED>
+constexpr size_t shared_of(int pieces, int threads) {
+  return SCRATCH + (UNALIGNED ? edges_of(pieces, threads) : 0);
+}
+
+template <class E, bool UNALIGNED, int THREADS, int PIECES>
 void launch_forward(const Problem& p, unsigned rows) {
-  launch<&whole_row<E, PER, THREADS, PIECES>>({rows}, {THREADS}, SCRATCH, p);
+  launch<&whole_row<E, PER_VECTOR<E>, THREADS, PIECES, UNALIGNED>>({rows}, {THREADS},
+                                                                   shared_of<UNALIGNED>(PIECES, THREADS), p);
 }
 
 // The smallest kernel that holds the row.
-template <class E, int PER>
+template <class E, bool UNALIGNED>
 void forward(const Problem& p, unsigned rows) {
+  constexpr int PER = PER_VECTOR<E>;
   const int pieces = (p.V + PER - 1) / PER;
-  if (pieces <= 128) return launch_forward<E, PER, 128, 1>(p, rows);
-  if (pieces <= 512) return launch_forward<E, PER, 128, 4>(p, rows);
-  if (pieces <= 2048) return launch_forward<E, PER, 256, 8>(p, rows);
-  if (pieces <= 4096) return launch_forward<E, PER, 512, 8>(p, rows);
-  if (pieces <= 8192) return launch_forward<E, PER, 1024, 8>(p, rows);
-  launch<&long_row<E, PER_VECTOR<E>, LONG_THREADS, PER == 1>>({rows}, {LONG_THREADS}, SCRATCH, p);
+  if (pieces <= 128) return launch_forward<E, UNALIGNED, 128, 1>(p, rows);
+  if (pieces <= 512) return launch_forward<E, UNALIGNED, 128, 4>(p, rows);
+  if (pieces <= 2048) return launch_forward<E, UNALIGNED, 256, 8>(p, rows);
+  if (pieces <= 4096) return launch_forward<E, UNALIGNED, 512, 8>(p, rows);
+  if (pieces <= 8192) return launch_forward<E, UNALIGNED, 1024, 8>(p, rows);
+  launch<&long_row<E, PER, LONG_THREADS, UNALIGNED>>({rows}, {LONG_THREADS}, shared_of<UNALIGNED>(AHEAD, LONG_THREADS),
+                                                     p);
 }
 
-template <class E, int PER>
+template <class E, bool UNALIGNED>
 void backward(const Problem& p, unsigned rows) {
-  launch<&gradient_row<E, PER_VECTOR<E>, GRADIENT_THREADS, PER == 1>>({rows}, {GRADIENT_THREADS}, 0, p);
+  launch<&gradient_row<E, PER_VECTOR<E>, GRADIENT_THREADS, UNALIGNED>>({rows}, {GRADIENT_THREADS},
+                                                                       shared_of<UNALIGNED>(1, GRADIENT_THREADS), p);
 }
 
 void check_rows(const Tensor& x, const char* name, const Tensor& input) {
@@ -89,12 +97,10 @@ const float* scale_of(const std::optional<Tensor>& scale, const Tensor& input) {
   return static_cast<const float*>(scale->const_data_ptr());
 }
 
-// Calls f.template operator()<E, PER>() for the dtype, and for vectors or single elements.
+// Calls f.template operator()<E, UNALIGNED>() for the dtype, and for rows that begin anywhere or not.
 template <class F>
-void with_elements(const Tensor& input, bool vectors, F&& f) {
-  const auto with = [&]<class E>() {
-    vectors ? f.template operator()<E, PER_VECTOR<E>>() : f.template operator()<E, 1>();
-  };
+void with_elements(const Tensor& input, bool aligned, F&& f) {
+  const auto with = [&]<class E>() { aligned ? f.template operator()<E, false>() : f.template operator()<E, true>(); };
   const Dtype dtype = floating_dtype(input, "input");
   if (dtype == Dtype::float32) return with.template operator()<float>();
   if (dtype == Dtype::bfloat16) return with.template operator()<Bfloat16>();
@@ -109,11 +115,11 @@ Results cuda_cross_entropy_forward(const Tensor& input, const Tensor& target, in
   using torch::stable::new_empty;
   Problem p = problem_of(input, target, ignore_index, pad_index, on_target, on_other);
   STD_TORCH_CHECK(grad_scale.has_value() == gradient.has_value(), "a gradient has a scale, and the other way round");
-  bool vectors = whole_vectors(input);
+  bool aligned = whole_vectors(input);
   if (gradient) {
     check_rows(*gradient, "gradient", input);
     p.gradient = rows_of(*gradient), p.scale = scale_of(grad_scale, input);
-    vectors = vectors && whole_vectors(*gradient);
+    aligned = aligned && whole_vectors(*gradient);
   }
   const int64_t B = input.size(0), T = input.size(1);
   Tensor loss = new_empty(input, {B, T}, ScalarType::Float), nll = new_empty(input, {B, T}, ScalarType::Float);
@@ -124,7 +130,8 @@ Results cuda_cross_entropy_forward(const Tensor& input, const Tensor& target, in
   p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
   if (B * T > 0) {
     const OnDevice guard(input);
-    with_elements(input, vectors, [&]<class E, int PER>() { forward<E, PER>(p, static_cast<unsigned>(B * T)); });
+    with_elements(input, aligned,
+                  [&]<class E, bool UNALIGNED>() { forward<E, UNALIGNED>(p, static_cast<unsigned>(B * T)); });
   }
   return {loss, nll, correct, statistics};
 }
@@ -151,8 +158,9 @@ void cuda_cross_entropy_backward(const Tensor& grad_loss, const Tensor& input, c
   const int64_t rows = input.size(0) * input.size(1);
   if (rows == 0) return;
   const OnDevice guard(input);
-  const bool vectors = whole_vectors(gradient) && (rescale || whole_vectors(input));
-  with_elements(input, vectors, [&]<class E, int PER>() { backward<E, PER>(p, static_cast<unsigned>(rows)); });
+  const bool aligned = whole_vectors(gradient) && (rescale || whole_vectors(input));
+  with_elements(input, aligned,
+                [&]<class E, bool UNALIGNED>() { backward<E, UNALIGNED>(p, static_cast<unsigned>(rows)); });
 }
 
 }  // namespace

@@ -1,10 +1,13 @@
 // The CUDA kernels of cross entropy (see cross_entropy_cuda.cu).
 #pragma once
 
-#include "../cuda_unaligned.h"
+#include "cross_entropy_cuda_pieces.h"
 
 namespace nlpfast::cuda {
 namespace {
+
+// Pieces of a long row that are under way together.
+constexpr int AHEAD = 4;
 
 struct Rows {
   char* data;
@@ -47,6 +50,19 @@ __device__ __forceinline__ float finite(float maximum) { return maximum == -INFI
 
 __device__ __forceinline__ float exp_from(float x, float base) { return exp2_of((x - base) * LOG2_E); }
 
+// exp(x - base) in one multiplication less: exp2(x scale - origin) times a factor that is the same for all x. It makes
+// up for the rounding of base log2 e. Where floats are 64 apart, and all that is less than base is nothing beside it,
+// powers of 2 do as well, and base has no rounding.
+struct Exponential {
+  float scale, origin, factor;
+
+  __device__ __forceinline__ explicit Exponential(float base)
+      : scale(fabsf(base) < 1073741824.0f ? LOG2_E : 1.0f),
+        origin(base * scale),
+        factor(exp2_of(-fmaf(base, scale, -origin))) {}
+  __device__ __forceinline__ float operator()(float x) const { return exp2_of(fmaf(x, scale, -origin)); }
+};
+
 // others + exp(x_target - top), without inf - inf, which others has seen.
 __device__ __forceinline__ float normalizer(float at_target, float top, float others) {
   return others + exact_exp(at_target == top ? 0.0f : at_target - top);
@@ -60,19 +76,19 @@ struct Seen {
 
 struct Row {
   int at;  // the target, -1 if it is no class
-  float at_target, at_pad, origin;
+  float at_target, origin;
 
   template <class E>
   __device__ __forceinline__ Row(const Problem& p, const E* x, int64_t target)
       : at(target >= 0 && target < p.V ? static_cast<int>(target) : -1),
         at_target(at < 0 ? NAN : to_float(x[at])),
-        at_pad(p.pad_index < 0 ? NAN : to_float(x[p.pad_index])),
         origin(fabsf(at_target) < INFINITY ? at_target : 0.0f) {}
 
   // Takes a piece of the classes from `first` on into account, and leaves -inf at the target's place. The piece may go
   // on behind the row's `end`, where it gets -inf too.
   template <class E, int PER>
-  __device__ __forceinline__ void see(Piece<E, PER>& piece, int first, int end, int pad_index, Seen& seen) const {
+  __device__ __forceinline__ void see(Piece<E, PER>& piece, int first, const Problem& p, Seen& seen) const {
+    const int end = p.V, pad_index = p.pad_index;
     const bool special = static_cast<unsigned>(at - first) < PER || static_cast<unsigned>(pad_index - first) < PER;
     if (special || first + PER > end) {
 #pragma unroll
@@ -87,11 +103,10 @@ struct Row {
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < PER; ++j) {
-        const float value = piece.get(j);
-        seen.largest = fmaxf(seen.largest, value);
-        seen.below += origin - value;
-      }
+      for (int j = 0; j < PER; ++j) seen.largest = fmaxf(seen.largest, piece.get(j));
+      if (p.on_other == 0.0f) return;
+#pragma unroll
+      for (int j = 0; j < PER; ++j) seen.below += origin - piece.get(j);
     }
   }
 
@@ -123,154 +138,127 @@ struct Losses {
   }
 };
 
-__device__ __forceinline__ void store(const Problem& p, unsigned row, float loss, float nll, bool correct, float top,
-                                      float others) {
+__device__ __forceinline__ void store(const Problem& p, unsigned row, float loss, float nll, float top, float others) {
   if (threadIdx.x) return;
-  p.loss[row] = loss, p.nll[row] = nll, p.correct[row] = correct;
+  p.loss[row] = loss, p.nll[row] = nll;
   p.statistics[2 * size_t{row}] = top, p.statistics[2 * size_t{row} + 1] = others;
 }
 
-// Calls f(piece, first) for each piece of a row's classes, and writes what f makes of it. `to` is `from`, or no thread
-// reads there. Rows are those of `Unaligned`, or begin at multiples of a piece.
-template <bool UNALIGNED, class E, int PER, class F>
-__device__ __forceinline__ void rewrite(E* from, E* to, int V, F f) {
-  if constexpr (UNALIGNED) {
-    const Unaligned<E> source(from, V), target(to, V);
-    // all lanes of a warp go round as often
-    for (int base = static_cast<int>(threadIdx.x / WARP_SIZE * WARP_SIZE) * PER; base < V; base += blockDim.x * PER) {
-      const int first = base + static_cast<int>(threadIdx.x % WARP_SIZE) * PER;
-      Piece<E, PER> piece{};
-      if (first < V) source.load(piece, first), f(piece);
-      target.store(piece, first);
-    }
-  } else {
-    for (int v = threadIdx.x * PER; v < V; v += blockDim.x * PER) {
-      Piece<E, PER> piece;
-      piece.load(from + v);
-      f(piece);
-      piece.store(to + v);
-    }
+// The gradients of the target and of the class without mass. Thread 0 alone knows them, in shared memory, as they are
+// written last.
+struct Special {
+  float* kept;
+
+  template <class E>
+  __device__ __forceinline__ Special(const Problem& p, const E* x, float* scratch) : kept(scratch + KEPT) {
+    if (threadIdx.x == 0) kept[1] = p.pad_index < 0 ? NAN : to_float(x[p.pad_index]);
   }
-}
 
-template <bool UNALIGNED, class E, int PER>
-__device__ __forceinline__ void store_zeros(E* gradient, int V) {
-  if constexpr (UNALIGNED) {
-    rewrite<true, E, PER>(gradient, gradient, V, [](Piece<E, PER>& piece) { piece = {}; });
-  } else {
-    const Piece<E, PER> zeros{};
-    for (int v = threadIdx.x * PER; v < V; v += blockDim.x * PER) zeros.store(gradient + v);
+  // What others get is exp(x - base) times the factor, less their level.
+  __device__ __forceinline__ void make(float on_target, float base, float factor) const {
+    if (threadIdx.x == 0) kept[0] = on_target, kept[1] = exp_from(kept[1], base) * factor;
   }
-}
 
-// Stores the gradients of the target and of the class without mass, when those of the others are stored.
+  // When the gradients of the others are stored.
+  template <class E>
+  __device__ __forceinline__ void store(const Problem& p, int at, E* gradient) const {
+    __syncthreads();
+    if (threadIdx.x) return;
+    if (at >= 0) gradient[at] = from_float<E>(kept[0]);
+    if (p.pad_index >= 0 && p.pad_index != at) gradient[p.pad_index] = from_float<E>(kept[1]);
+  }
+};
+
+// Stores whether the target's is the first largest logit; for ties, infinities and NaN the row is read again.
 template <class E>
-__device__ __forceinline__ void store_special(const Problem& p, const Row& row, E* gradient, float on_target,
-                                              float on_pad) {
-  __syncthreads();
-  if (threadIdx.x) return;
-  if (row.at >= 0) gradient[row.at] = from_float<E>(on_target);
-  if (p.pad_index >= 0 && p.pad_index != row.at) gradient[p.pad_index] = from_float<E>(on_pad);
+__device__ __forceinline__ void store_correct(const Problem& p, unsigned number, const Row& row, const E* x,
+                                              float largest, const Losses& losses, float* scratch) {
+  bool correct = row.at_target > largest;
+  if (row.at_target == largest || losses.weight != losses.weight) {
+    float beaten[1] = {0.0f};
+    for (int v = threadIdx.x; v < p.V; v += blockDim.x)
+      if (row.beaten_by(to_float(x[v]), v)) beaten[0] = 1.0f;
+    over_block<Maximum>(beaten, scratch);
+    correct = beaten[0] == 0.0f && row.at >= 0;
+  }
+  if (threadIdx.x == 0) p.correct[number] = correct;
 }
 
-// Whether the target's is the first largest logit, for ties, infinities and NaN: the row is read again.
-template <class E>
-__device__ __forceinline__ bool first_largest(const Row& row, const E* x, int V, float* scratch) {
-  float beaten[1] = {0.0f};
-  for (int v = threadIdx.x; v < V; v += blockDim.x)
-    if (row.beaten_by(to_float(x[v]), v)) beaten[0] = 1.0f;
-  over_block<Maximum>(beaten, scratch);
-  return beaten[0] == 0.0f && row.at >= 0;
-}
-
-template <class E, int PER, int THREADS, int PIECES>
-__global__ void __launch_bounds__(THREADS) whole_row(Problem p) {
+template <class E, int PER, int THREADS, int PIECES, bool UNALIGNED>
+__global__ void __launch_bounds__(THREADS, 1024 / THREADS) whole_row(Problem p) {
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const unsigned number = blockIdx.x, b = number / p.T, t = number % p.T;
-  const E* x = row_of<E>(p.x, b, t);
-  E* gradient = p.gradient.data ? row_of<E>(p.gradient, b, t) : nullptr;
+  E* x = row_of<E>(p.x, b, t);
   const int64_t target = p.target[number];
   if (target == p.ignore_index) {
-    store(p, number, 0.0f, 0.0f, false, 0.0f, 0.0f);
-    if (gradient) store_zeros<false, E, PER>(gradient, p.V);
+    store(p, number, 0.0f, 0.0f, 0.0f, 0.0f);
+    if (threadIdx.x == 0) p.correct[number] = false;
+    if (p.gradient.data) store_zeros<UNALIGNED>(row_of<E>(p.gradient, b, t), p.V);
     return;
   }
-  Piece<E, PER> piece[PIECES];
-#pragma unroll
-  for (int i = 0; i < PIECES; ++i) {
-    const int first = (i * THREADS + threadIdx.x) * PER;
-    if (first < p.V) piece[i].load(x + first);
-  }
+  // where rows begin anywhere those after the end are exchanged too, and are something
+  Piece<E, PER> piece[PIECES] = {};
+  read_pieces<UNALIGNED>(piece, x, p.V, threadIdx.x * PER);
   const Row row(p, x, target);
+  const Special special(p, x, scratch);
   Seen seen;
 #pragma unroll
   for (int i = 0; i < PIECES; ++i) {
     const int first = (i * THREADS + threadIdx.x) * PER;
-    if (first < p.V) row.see(piece[i], first, p.V, p.pad_index, seen);
+    if (first < p.V) row.see(piece[i], first, p, seen);
   }
   float largest[1] = {seen.largest};
   over_block<Maximum>(largest, scratch);
   const float base = finite(largest[0]);
+  const Exponential exponential(base);
   float sums[2] = {0.0f, seen.below};
 #pragma unroll
   for (int i = 0; i < PIECES; ++i)
     if ((i * THREADS + threadIdx.x) * PER < static_cast<unsigned>(p.V)) {
 #pragma unroll
-      for (int j = 0; j < PER; ++j) sums[0] += exp_from(piece[i].get(j), base);
+      for (int j = 0; j < PER; ++j) sums[0] += exponential(piece[i].get(j));
     }
   over_block<Add>(sums, scratch);
+  sums[0] *= exponential.factor;
   const Losses losses(p, row, largest[0], sums[0], sums[1]);
-  bool correct = row.at_target > largest[0];
-  if (row.at_target == largest[0] || losses.weight != losses.weight) correct = first_largest(row, x, p.V, scratch);
-  store(p, number, losses.loss, losses.nll, correct, losses.top, losses.others);
-  if (!gradient) return;
+  store(p, number, losses.loss, losses.nll, losses.top, losses.others);
+  store_correct(p, number, row, x, largest[0], losses, scratch);
+  if (!p.gradient.data) return;
+  E* gradient = row_of<E>(p.gradient, b, t);
   // all have read the row where it is read again, before one of them writes over it: over_block has waited
   const float scale = *p.scale, factor = scale * losses.weight, level = scale * p.on_other;
-#pragma unroll
-  for (int i = 0; i < PIECES; ++i) {
-    const int first = (i * THREADS + threadIdx.x) * PER;
-    if (first < p.V) {
-      piece[i].change([=](float value) { return exp_from(value, base) * factor - level; });
-      piece[i].store(gradient + first);
-    }
-  }
+  special.make(scale * (p.off_target - sums[0] * losses.weight), base, factor);
+  write_pieces<UNALIGNED>(
+      piece, gradient, p.V, threadIdx.x * PER, 0, true,
+      [=, times = factor * exponential.factor](float value) { return exponential(value) * times - level; });
   // others / total, with the digits that softmax - 1 would lose
-  store_special(p, row, gradient, scale * (p.off_target - sums[0] * losses.weight),
-                exp_from(row.at_pad, base) * factor);
+  special.store(p, row.at, gradient);
 }
 
 template <class E, int PER, int THREADS, bool UNALIGNED>
 __global__ void __launch_bounds__(THREADS) long_row(Problem p) {
-  constexpr int AHEAD = 4;
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const unsigned number = blockIdx.x, b = number / p.T, t = number % p.T;
   E* x = row_of<E>(p.x, b, t);
   E* gradient = p.gradient.data ? row_of<E>(p.gradient, b, t) : nullptr;
   const int64_t target = p.target[number];
   if (target == p.ignore_index) {
-    store(p, number, 0.0f, 0.0f, false, 0.0f, 0.0f);
-    if (gradient) store_zeros<UNALIGNED, E, PER>(gradient, p.V);
+    store(p, number, 0.0f, 0.0f, 0.0f, 0.0f);
+    if (threadIdx.x == 0) p.correct[number] = false;
+    if (gradient) store_zeros<UNALIGNED>(gradient, p.V);
     return;
   }
   const Row row(p, x, target);
-  const Unaligned<E> source(x, p.V);
+  const Special special(p, x, scratch);
   Seen seen;
   float sum = 0.0f;
   for (int begin = threadIdx.x * PER; begin < p.V; begin += AHEAD * THREADS * PER) {
     Piece<E, PER> piece[AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      const int first = begin + i * THREADS * PER;
-      if (first >= p.V) continue;
-      if constexpr (UNALIGNED)
-        source.load(piece[i], first);
-      else
-        piece[i].load(x + first);
-    }
+    read_pieces<UNALIGNED>(piece, x, p.V, begin);
     const float before = seen.largest;
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
-      if (begin + i * THREADS * PER < p.V) row.see(piece[i], begin + i * THREADS * PER, p.V, p.pad_index, seen);
+      if (begin + i * THREADS * PER < p.V) row.see(piece[i], begin + i * THREADS * PER, p, seen);
     const float base = finite(seen.largest);
     sum *= exp_from(before, base);
 #pragma unroll
@@ -286,47 +274,49 @@ __global__ void __launch_bounds__(THREADS) long_row(Problem p) {
   float sums[2] = {sum * exp_from(seen.largest, base), seen.below};
   over_block<Add>(sums, scratch);
   const Losses losses(p, row, largest[0], sums[0], sums[1]);
-  bool correct = row.at_target > largest[0];
-  if (row.at_target == largest[0] || losses.weight != losses.weight) correct = first_largest(row, x, p.V, scratch);
-  store(p, number, losses.loss, losses.nll, correct, losses.top, losses.others);
+  store(p, number, losses.loss, losses.nll, losses.top, losses.others);
+  store_correct(p, number, row, x, largest[0], losses, scratch);
   if (!gradient) return;
   const float scale = *p.scale, factor = scale * losses.weight, level = scale * p.on_other;
+  special.make(scale * (p.off_target - sums[0] * losses.weight), base, factor);
   // no thread takes what another writes: both have the same classes
-  rewrite<UNALIGNED, E, PER>(x, gradient, p.V, [=](Piece<E, PER>& piece) {
-    piece.change([=](float value) { return exp_from(value, base) * factor - level; });
+  const Exponential exponential(base);
+  rewrite<UNALIGNED, AHEAD>(x, gradient, p.V, [=, times = factor * exponential.factor](float value) {
+    return exponential(value) * times - level;
   });
-  store_special(p, row, gradient, scale * (p.off_target - sums[0] * losses.weight),
-                exp_from(row.at_pad, base) * factor);
+  special.store(p, row.at, gradient);
 }
 
 // The gradient for the upstream gradient that came. Where forward has written it, for `scale`, and the row's upstream
 // gradient is that very number, the block returns at once: nobody on the CPU has to know.
 template <class E, int PER, int THREADS, bool UNALIGNED>
 __global__ void __launch_bounds__(THREADS) gradient_row(Problem p) {
+  float* scratch = reinterpret_cast<float*>(shared_memory());
   const unsigned number = blockIdx.x, b = number / p.T, t = number % p.T;
   const float upstream = p.upstream[b * p.upstream_batch + t * p.upstream_row];
   // the bits: a NaN is itself, and 0 is not -0
   if (p.scale && __float_as_uint(upstream) == __float_as_uint(*p.scale)) return;
   E* gradient = row_of<E>(p.gradient, b, t);
   const int64_t target = p.target[number];
-  if (target == p.ignore_index) return store_zeros<UNALIGNED, E, PER>(gradient, p.V);
+  if (target == p.ignore_index) return store_zeros<UNALIGNED>(gradient, p.V);
   if (p.rescale) {
     const float factor = upstream / *p.scale;
-    return rewrite<UNALIGNED, E, PER>(gradient, gradient, p.V, [=](Piece<E, PER>& piece) {
-      piece.change([=](float value) { return value * factor; });
-    });
+    return rewrite<UNALIGNED, 1>(gradient, gradient, p.V, [=](float value) { return value * factor; });
   }
   E* x = row_of<E>(p.x, b, t);
   const Row row(p, x, target);
+  const Special special(p, x, scratch);
   const float top = p.statistics[2 * size_t{number}], others = p.statistics[2 * size_t{number} + 1];
   const float total = normalizer(row.at_target, top, others);
   const float factor = upstream / total, level = upstream * p.on_other;
+  special.make(upstream * (p.off_target - others / total), top, factor);
   // all have read the target's logit before one of them writes over it
   __syncthreads();
-  rewrite<UNALIGNED, E, PER>(x, gradient, p.V, [=](Piece<E, PER>& piece) {
-    piece.change([=](float value) { return exp_from(value, top) * factor - level; });
+  const Exponential exponential(top);
+  rewrite<UNALIGNED, 1>(x, gradient, p.V, [=, times = factor * exponential.factor](float value) {
+    return exponential(value) * times - level;
   });
-  store_special(p, row, gradient, upstream * (p.off_target - others / total), exp_from(row.at_pad, top) * factor);
+  special.store(p, row.at, gradient);
 }
 
 }  // namespace

@@ -6,8 +6,6 @@ Nothing here waits for the device, and what a launch does depends on no value th
 import torch
 from torch import Tensor
 
-from nlpfast.ops.vectors import on_vectors
-
 SERVES = "CUDA devices; float32, bfloat16 and float16, up to 2^30 classes, any strides"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CLASSES = 1 << 30
@@ -41,7 +39,7 @@ def forward(
     A target that is neither a class nor ``ignore_index`` makes NaN of the row's loss, nll and gradient.
     """
     options = (ignore_index, pad_index, on_target, on_other)
-    rows, gradient = _as_a_copy_lies(input), None
+    rows, gradient = _rows(input), None
     if grad_scale is not None:
         gradient = rows if inplace else rows.new_empty(rows.shape)
         grad_scale = grad_scale.float()
@@ -76,7 +74,7 @@ def backward(
             grad_loss, made, target, statistics, scale, *options, True, made
         )
         return made if made is gradient else gradient.copy_(made)
-    rows, out = _as_a_copy_lies(input), gradient
+    rows, out = _rows(input), gradient
     if out is None:
         out = rows if inplace else rows.new_empty(rows.shape)
     torch.ops.nlpfast.cuda_cross_entropy_backward(
@@ -89,15 +87,9 @@ def _side_by_side(x: Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
-def _as_a_copy_lies(input: Tensor) -> Tensor:
-    """Return the logits, or a copy where their rows begin at worse places than those of a copy would.
-
-    The kernels add up a row in an order that depends on how they read it. As it is, that is the number of
-    classes alone.
-    """
-    vec = 16 // input.element_size()
-    vec = vec if input.shape[-1] % vec == 0 else 1
-    return input if on_vectors(input, vec) else input.clone(memory_format=torch.contiguous_format)
+def _rows(input: Tensor) -> Tensor:
+    """Return the logits, or a copy where the classes of a row do not lie side by side."""
+    return input if _side_by_side(input) else input.contiguous()
 
 
 def _register_fakes() -> None:
