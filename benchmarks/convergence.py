@@ -8,7 +8,8 @@ dropout that is for the first quarter of the steps, with it for all. The definit
 random numbers, so that both drop the same elements.
 
 CS224N's model also trains beside eager code that shares nothing with ours but first weights and batches, with
-PyTorch's own dropout (`benchmarks.training_steps`), and ours also in bfloat16.
+PyTorch's own dropout (`benchmarks.training_steps`), and ours also in bfloat16. The eager code trains a second
+time with other random numbers: how far it is from itself says what the band is worth.
 
 The rows go to the results file of this machine in FOLDER, which `benchmarks.report` reads, in the place of
 those with the same names:
@@ -193,29 +194,38 @@ def curves(
 
 def beside_eager(
     model: str, seeds: Sequence[int], steps: int
-) -> Iterator[tuple[torch.dtype, Tensor, Tensor]]:
-    """Yield the losses of ours in each dtype and those of eager code in float32; [seeds, steps] each.
+) -> Iterator[tuple[str, torch.dtype, Tensor, Tensor]]:
+    """Yield whose losses in which dtype, they, and those of eager code in float32; [seeds, steps] each.
 
-    Each has its own dropout; bfloat16 is by autocast.
+    First come ours in each dtype, then eager code's with other random numbers. Each has its own dropout;
+    bfloat16 is by autocast.
 
     Args:
         model: vanilla or perceiver.
         seeds: a run each, of first weights, batches and dropout.
         steps: of a run.
     """
-    kinds = ((EAGER, torch.float32), (OURS, torch.float32), (OURS, torch.bfloat16))
-    runs = [(model, dtype, name, seed, steps) for name, dtype in kinds for seed in seeds]
+    kinds = (
+        *((EAGER, torch.float32, 0), (OURS, torch.float32, 0)),
+        *((OURS, torch.bfloat16, 0), (EAGER, torch.float32, 1)),
+    )
+    runs = [(model, dtype, name, seed, steps, turn) for name, dtype, turn in kinds for seed in seeds]
     # processes, as PyTorch's random numbers and its threads are the process'
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         found = torch.tensor([*pool.map(_losses, *zip(*runs, strict=True))], dtype=torch.float64)
     eager, *ours = found.view(len(kinds), len(seeds), steps)
-    for (_, dtype), losses in zip(kinds[1:], ours, strict=True):
-        yield dtype, losses, eager
+    for (name, dtype, _), losses in zip(kinds[1:], ours, strict=True):
+        yield name, dtype, losses, eager
 
 
-def _losses(model: str, dtype: torch.dtype, implementation: str, seed: int, steps: int) -> list[float]:
+def _losses(
+    model: str, dtype: torch.dtype, implementation: str, seed: int, steps: int, turn: int
+) -> list[float]:
     torch.set_num_threads(1)
     step = PretrainingStep(Pretraining(model, dtype, 1.0), implementation, DROPOUT, seed=seed)
+    if turn:
+        # as far apart as that no seed draws what another has drawn
+        torch.manual_seed((turn << 32) + seed)
     order, items = torch.Generator().manual_seed(seed), documents(DOCUMENTS)
     losses = []
     for number in range(1, steps + 1):
@@ -289,15 +299,15 @@ def _rows(names: Sequence[str], seeds: Sequence[int], steps: int) -> Iterator[di
             prepare(inputs)
         for name in names:
             if name in MODELS:
-                for dtype, ours, eager in beside_eager(MODELS[name], seeds, steps):
-                    facts = {"against": EAGER, "dtype": str(dtype).removeprefix("torch."), "dropout": True}
-                    yield row(name, ours, eager, alike=False, goal=None, **facts)
+                for by, dtype, losses, eager in beside_eager(MODELS[name], seeds, steps):
+                    facts = {"by": by, "against": EAGER, "dtype": str(dtype).removeprefix("torch.")}
+                    yield row(name, losses, eager, alike=False, goal=None, dropout=True, **facts)
                 continue
             for dropout in (False, True) if TRAINERS[name].dropout else (False,):
                 ours, eager = curves(TRAINERS[name], seeds, steps if dropout else steps // 4, dropout, inputs)
                 goal = None if dropout else GOAL
-                facts = {"against": "definition", "dtype": "float32", "dropout": dropout, "goal": goal}
-                yield row(name, ours, eager, **facts)
+                facts = {"by": OURS, "against": "definition", "dtype": "float32", "dropout": dropout}
+                yield row(name, ours, eager, goal=goal, **facts)
 
 
 def _call(words: str, folder: Path, backend: str | None = None) -> None:

@@ -62,6 +62,7 @@ gradients, of training steps beyond the model; its goal is a share of the peer's
 
 CONVERGENCE_HEADINGS = (
     "trained",
+    "by",
     "against",
     "dtype",
     "dropout",
@@ -76,7 +77,8 @@ Losses of the same training by the kernels and by plain PyTorch: "definition" wi
 numbers, "eager" with code and random numbers of its own (`make convergence`). Loss: of the first step and of
 the last 20, mean of the seeds. Difference: the largest of a step's losses, relative. Of the band: that
 difference over what lies between the seeds of plain PyTorch in that step; with random numbers of its own, of
-means over the seeds and 20 steps. A dash: the seeds have one loss, or each drops what it will."""
+means over the seeds and 20 steps. A dash: the seeds have one loss, or each drops what it will. Eager code
+against itself: with other random numbers; as far from it as that is no difference."""
 
 GPU_LEGEND = """\
 A step is a forward and a backward pass, each timed as replays of a CUDA graph over several copies of the
@@ -146,7 +148,8 @@ def convergence(result: Result) -> str:
         words = "" if goal is None else f", <= {goal:g} {'met' if difference <= goal else 'MISSED'}"
         rows.append(
             (
-                *(row["name"], row["against"], row["dtype"], "yes" if row["dropout"] else "no"),
+                *(row["name"], row.get("by", "nlpfast"), row["against"], row["dtype"]),
+                "yes" if row["dropout"] else "no",
                 *(str(row["seeds"]), str(row["steps"]), " to ".join(f"{loss:.4g}" for loss in row["losses"])),
                 "-" if difference is None else f"{difference:.1e}{words}",
                 "-" if band is None else f"{band:.2%}",

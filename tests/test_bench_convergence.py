@@ -97,12 +97,30 @@ def test_eager_code_learns_alike(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(convergence, size, value)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     names = (convergence.OURS, convergence.EAGER)
-    runs = {name: convergence._losses("vanilla", dtype, name, 5, STEPS) for name in names}
+    runs = {name: convergence._losses("vanilla", dtype, name, 5, STEPS, 0) for name in names}
     assert [len(losses) for losses in runs.values()] == [STEPS, STEPS]
     for ours, eager in zip(*runs.values(), strict=True):
         assert ours != eager and ours == pytest.approx(eager, rel=0.02)
     # each seed has weights and batches of its own
-    assert convergence._losses("vanilla", dtype, convergence.OURS, 6, 1)[0] != runs[convergence.OURS][0]
+    assert convergence._losses("vanilla", dtype, convergence.OURS, 6, 1, 0)[0] != runs[convergence.OURS][0]
+
+
+def test_eager_code_trains_again_with_other_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and batches are those of the seed, and the losses differ by dropout alone."""
+    for size, value in {"C": 16, "H": 2, "LAYERS": 1, "DOCUMENTS": 4, "FEW": 2}.items():
+        monkeypatch.setattr(training_steps, size, value)
+    for size, value in {"DOCUMENTS": 4, "FEW": 2}.items():
+        monkeypatch.setattr(convergence, size, value)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+    def losses(turn: int) -> list[float]:
+        return convergence._losses("vanilla", torch.float32, convergence.EAGER, 5, STEPS, turn)
+
+    first, again = losses(0), losses(1)
+    assert losses(1) == again != first and again == pytest.approx(first, rel=0.02)
+    monkeypatch.setattr(convergence, "DROPOUT", 0.0)
+    monkeypatch.setattr(training_steps, "COMPARED", 2)
+    assert losses(0) == losses(1)
 
 
 def test_rows_are_added_to_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -133,11 +151,12 @@ def test_rows_are_added_to_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     def beside_eager(model: str, seeds: range, steps: int) -> Any:
         assert (model, seeds, steps) == ("perceiver", range(2), 8)
-        for dtype in (torch.float32, torch.bfloat16):
-            yield dtype, torch.ones(2, 40), torch.rand(2, 40)
+        for name in (convergence.OURS, convergence.EAGER):
+            yield name, torch.bfloat16, torch.ones(2, 40), torch.rand(2, 40)
 
     monkeypatch.setattr(convergence, "beside_eager", beside_eager)
     convergence.main([str(tmp_path), *words, "GPT, perceiver"])
     data = json.loads((tmp_path / "a-2-cores.json").read_text())
-    rows = [(row["name"], row["dtype"], row["difference"]) for row in data["convergence"]["rows"][3:]]
-    assert rows == [("GPT, perceiver", "float32", None), ("GPT, perceiver", "bfloat16", None)]
+    rows = [(row["name"], row["by"], row["dtype"], row["difference"]) for row in data["convergence"]["rows"]]
+    beside = ("GPT, perceiver", "bfloat16", None)
+    assert rows[3:] == [(beside[0], by, *beside[1:]) for by in (convergence.OURS, convergence.EAGER)]

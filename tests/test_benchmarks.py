@@ -250,13 +250,14 @@ def test_convergence_in_the_page() -> None:
         "steps": 50,
     }
     figures = {"difference": 2e-5, "of_band": 0.0123, "losses": [4.25, 2.5], "goal": 1e-5}
-    other = {"difference": None, "of_band": None, "goal": None, "dropout": True}
+    other = {"difference": None, "of_band": None, "goal": None, "dropout": True, "by": "eager"}
     rows = [{**row, **figures}, {**row, **figures, "difference": 1e-6}, {**row, **figures, **other}]
     text = report.convergence({"date": "today", "rows": rows})
     cells = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "lm" in line[:5]
     ]
-    assert [line[3:] for line in cells] == [
+    assert [line[1] for line in cells] == ["nlpfast", "nlpfast", "eager"]
+    assert [line[4:] for line in cells] == [
         ["no", "5", "50", "4.25 to 2.5", "2.0e-05, <= 1e-05 MISSED", "1.23%"],
         ["no", "5", "50", "4.25 to 2.5", "1.0e-06, <= 1e-05 met", "1.23%"],
         ["yes", "5", "50", "4.25 to 2.5", "-", "-"],
