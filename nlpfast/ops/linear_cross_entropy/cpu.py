@@ -22,8 +22,8 @@ SERVES = "float32, bfloat16 and float16, any sizes, any strides"
 # Logits of a chunk, of which more is faster: the weight and its gradient go through memory once a chunk. With
 # 2^22 a step takes 7 % longer, with 2^25 2 % less (N = 4096, V = 32000, D = 512).
 CHUNK_LOGITS = 1 << 24
-# A chunk has no more than a fifth of all either, but for a few megabytes: cross entropy of all logits takes 2.7
-# times their size, of which that is less than a tenth.
+# Nor has a chunk more than a fifth of all, but for a few megabytes: cross entropy of all logits takes 2.7
+# times their size, of which a fifth of them is less than a tenth.
 SHARE, FEW_LOGITS = 5, 1 << 20
 # Classes whose products are converted together: a megabyte or two, which stay in a cache.
 CLASSES = 1024
