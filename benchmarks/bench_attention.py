@@ -137,6 +137,8 @@ CUDA_CASES = (
     ),
     Case((256, 12, 128, 128, 64), fill=0.75, dtype=torch.bfloat16, goal=1.3, quick=True),
     Case(CUDA_SHORT, True, dtype=torch.float16, quick=True),
+    # Heads of 64 bytes side by side: is a row of them slower than one that lies alone?
+    Case(CUDA_SHORT, True, transposed=True, dtype=torch.bfloat16, quick=True),
 )
 
 

@@ -5,7 +5,8 @@
 Every trainer of the command line runs on invented text with each seed twice, in processes of their own: as it
 is, and with NLPFAST_BACKEND=reference, where each operation is its definition in plain PyTorch. Without
 dropout that is for the first quarter of the steps, with it for all. The definitions draw the kernels' own
-random numbers, so that both drop the same elements.
+random numbers, so that both drop the same elements. Without dropout the definition trains a second time by
+other instructions, which round otherwise: how far it is from itself says what training makes of a rounding.
 
 CS224N's model also trains beside eager code that shares nothing with ours but first weights and batches, with
 PyTorch's own dropout (`benchmarks.training_steps`), and ours also in bfloat16. The eager code trains a second
@@ -30,11 +31,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,6 +57,15 @@ __all__ = ["MODELS", "TRAINERS", "beside_eager", "curves", "main", "prepare", "r
 # Without dropout, in float32.
 GOAL = 1e-5
 WINDOW = 20
+DEFINITION, ROUNDED = "definition", "definition, rounded otherwise"
+_REFERENCE = {"NLPFAST_BACKEND": "reference"}
+# What PyTorch and its libraries would choose last; every CPU has it, and adds in another order.
+_BASELINE = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+ENVIRONMENTS: dict[str, dict[str, str]] = {
+    OURS: {},
+    DEFINITION: _REFERENCE,
+    ROUNDED: {**_REFERENCE, **_BASELINE},
+}
 
 
 @dataclass(frozen=True)
@@ -157,9 +168,9 @@ def prepare(folder: Path, steps: int = 100) -> None:
 
 
 def curves(
-    trainer: Trainer, seeds: Sequence[int], steps: int, dropout: bool, inputs: Path
-) -> tuple[Tensor, Tensor]:
-    """Return the losses of ours and of the definition; [seeds, steps] each, float64.
+    trainer: Trainer, seeds: Sequence[int], steps: int, dropout: bool, inputs: Path, kinds: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the losses of some of `ENVIRONMENTS`; [seeds, steps] each, float64.
 
     Args:
         trainer: one of `TRAINERS`.
@@ -167,17 +178,19 @@ def curves(
         steps: of a run.
         dropout: with it or without.
         inputs: what `prepare` has written.
+        kinds: which of them.
 
     Raises:
         RuntimeError: a run failed, or its log has other steps.
     """
     kind, plain = ("", "") if dropout else ("-plain", trainer.plain)
 
-    def losses(backend: str | None, seed: int) -> Tensor:
+    def losses(environment: str, seed: int) -> Tensor:
         with tempfile.TemporaryDirectory() as name:
             for path in inputs.iterdir():
                 (Path(name) / path.name).symlink_to(path)
-            _call(f"{trainer.words.format(seed=seed, steps=steps, kind=kind)} {plain}", Path(name), backend)
+            words = f"{trainer.words.format(seed=seed, steps=steps, kind=kind)} {plain}"
+            _call(words, Path(name), ENVIRONMENTS[environment])
             [log] = [*Path(name).glob("run/log.jsonl"), *Path(name).glob("expt/*/*/log.jsonl")]
             records = map(json.loads, log.read_text(encoding="utf-8").splitlines())
             found = {record["step"]: record["loss"] for record in records if "loss" in record}
@@ -187,9 +200,8 @@ def curves(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # in the order of the seeds
-        runs = [pool.map(losses, [backend] * len(seeds), seeds) for backend in (None, "reference")]
-        ours, plain_losses = (torch.stack([*found]) for found in runs)
-    return ours, plain_losses
+        runs = {name: pool.map(losses, [name] * len(seeds), seeds) for name in kinds}
+        return {name: torch.stack([*found]) for name, found in runs.items()}
 
 
 def beside_eager(
@@ -304,19 +316,23 @@ def _rows(names: Sequence[str], seeds: Sequence[int], steps: int) -> Iterator[di
                     yield row(name, losses, eager, alike=False, goal=None, dropout=True, **facts)
                 continue
             for dropout in (False, True) if TRAINERS[name].dropout else (False,):
-                ours, eager = curves(TRAINERS[name], seeds, steps if dropout else steps // 4, dropout, inputs)
-                goal = None if dropout else GOAL
-                facts = {"by": OURS, "against": "definition", "dtype": "float32", "dropout": dropout}
-                yield row(name, ours, eager, goal=goal, **facts)
+                kinds = (OURS, DEFINITION) if dropout else (OURS, DEFINITION, ROUNDED)
+                turns = steps if dropout else steps // 4
+                found = curves(TRAINERS[name], seeds, turns, dropout, inputs, kinds)
+                facts = {"against": DEFINITION, "dtype": "float32", "dropout": dropout}
+                for by, losses in found.items():
+                    if by != DEFINITION:
+                        goal = None if dropout or by != OURS else GOAL
+                        yield row(name, losses, found[DEFINITION], by=by, goal=goal, **facts)
 
 
-def _call(words: str, folder: Path, backend: str | None = None) -> None:
-    """Run a command in a folder."""
+def _call(words: str, folder: Path, changes: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Run a command in a folder, with some variables of the environment changed."""
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
-    environment.pop("NLPFAST_BACKEND", None)
-    if backend is not None:
-        environment["NLPFAST_BACKEND"] = backend
+    for name in ENVIRONMENTS[ROUNDED]:
+        environment.pop(name, None)
+    environment.update(changes)
     command = [sys.executable, "-m", "nlpfast", *shlex.split(words)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

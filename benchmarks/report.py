@@ -77,8 +77,9 @@ Losses of the same training by the kernels and by plain PyTorch: "definition" wi
 numbers, "eager" with code and random numbers of its own (`make convergence`). Loss: of the first step and of
 the last 20, mean of the seeds. Difference: the largest of a step's losses, relative. Of the band: that
 difference over what lies between the seeds of plain PyTorch in that step; with random numbers of its own, of
-means over the seeds and 20 steps. A dash: the seeds have one loss, or each drops what it will. Eager code
-against itself: with other random numbers; as far from it as that is no difference."""
+means over the seeds and 20 steps. A dash: the seeds have one loss, or each drops what it will. A
+definition that rounds otherwise computes by other instructions; beside itself eager code has other random
+numbers: what is as near as that is not to be told from it."""
 
 GPU_LEGEND = """\
 A step is a forward and a backward pass, each timed as replays of a CUDA graph over several copies of the
@@ -132,20 +133,29 @@ def misses(result: Result, reasons: Sequence[tuple[str, str]] = ()) -> list[str]
             ratios = f"{row['ratio_of_minima']:.2f} / {row['ratio_of_medians']:.2f}"
             if "memory" in goal:
                 ratios = f"{row['memory_mb']['ours'] / row['memory_mb']['peer']:.0%}"
-            why = next(
-                (reason for pattern, reason in reasons if re.search(pattern, what)), "not explained yet"
-            )
+            why = _reason(what, reasons)
             lines.append(f"{what}: {ratios} instead of {goal.removesuffix(' MISSED')}: {why}")
     return lines
 
 
-def convergence(result: Result) -> str:
-    """Return the section on how losses go in training."""
-    rows = [CONVERGENCE_HEADINGS]
+def _reason(what: str, reasons: Sequence[tuple[str, str]]) -> str:
+    return next((reason for pattern, reason in reasons if re.search(pattern, what)), "not explained yet")
+
+
+def convergence(result: Result, reasons: Sequence[tuple[str, str]] = ()) -> str:
+    """Return the section on how losses go in training.
+
+    Args:
+        result: of a results file.
+        reasons: why goals are missed, as `misses` takes them, by the names of trainers.
+    """
+    rows, missed = [CONVERGENCE_HEADINGS], []
     for row in result["rows"]:
         difference, band = row["difference"], row["of_band"]
         goal = row["goal"]
         words = "" if goal is None else f", <= {goal:g} {'met' if difference <= goal else 'MISSED'}"
+        if goal is not None and difference > goal:
+            missed.append(f"- Missed: {row['name']}: {_reason(row['name'], reasons)}")
         rows.append(
             (
                 *(row["name"], row.get("by", "nlpfast"), row["against"], row["dtype"]),
@@ -155,7 +165,8 @@ def convergence(result: Result) -> str:
                 "-" if band is None else f"{band:.2%}",
             )
         )
-    return "\n\n".join([f"## convergence: {result['date']}", CONVERGENCE_LEGEND, markdown(rows)])
+    parts = [f"## convergence: {result['date']}", CONVERGENCE_LEGEND, markdown(rows), "\n".join(missed)]
+    return "\n\n".join(filter(None, parts))
 
 
 def table(result: Result) -> str:
@@ -217,7 +228,7 @@ def page(files: Sequence[Path], reasons: Mapping[str, Mapping[str, Sequence[tupl
         known = reasons.get(path.stem, {})
         parts += [section(op, result, known.get(op, ())) for op, result in data["ops"].items()]
         if "convergence" in data:
-            parts.append(convergence(data["convergence"]))
+            parts.append(convergence(data["convergence"], known.get("convergence", ())))
     return "\n\n".join(parts) + "\n"
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import pytest
@@ -48,7 +50,8 @@ def test_what_drops_otherwise_is_compared_by_its_mean(monkeypatch: pytest.Monkey
     assert found["difference"] is None and found["of_band"] == pytest.approx(0.15 / 1.0)
 
 
-def in_this_process(words: str, folder: Path, backend: str | None = None) -> None:
+def in_this_process(words: str, folder: Path, changes: Mapping[str, str] = MappingProxyType({})) -> None:
+    backend = changes.get("NLPFAST_BACKEND")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(dispatch, "ENV_BACKEND", backend)
@@ -81,7 +84,9 @@ def test_losses_are_those_of_the_definitions(
 ) -> None:
     monkeypatch.setattr(convergence, "_call", in_this_process)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    ours, definition = convergence.curves(convergence.TRAINERS[name], [3], STEPS, dropout, inputs)
+    kinds = (convergence.OURS, convergence.DEFINITION)
+    found = convergence.curves(convergence.TRAINERS[name], [3], STEPS, dropout, inputs, kinds)
+    ours, definition = (found[kind] for kind in kinds)
     assert ours.shape == definition.shape == (1, STEPS)
     difference = ((ours - definition) / definition).abs().max()
     # two ways of rounding
@@ -123,12 +128,31 @@ def test_eager_code_trains_again_with_other_random_numbers(monkeypatch: pytest.M
     assert losses(0) == losses(1)
 
 
+def test_runs_have_their_environments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of the caller do not get through."""
+    environments = [*convergence.ENVIRONMENTS.values()]
+    found: list[Mapping[str, str]] = []
+
+    def run(command: list[str], env: Mapping[str, str], **options: Any) -> Any:
+        found.append({name: env[name] for name in environments[-1] if name in env})
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("NLPFAST_BACKEND", "triton")
+    monkeypatch.setenv("MKL_CBWR", "AVX2")
+    for changes in environments:
+        convergence._call("ops", tmp_path, changes)
+    assert found == environments and found[:2] == [{}, {"NLPFAST_BACKEND": "reference"}]
+
+
 def test_rows_are_added_to_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def curves(trainer: convergence.Trainer, seeds: range, steps: int, dropout: bool, inputs: Path) -> Any:
+    def curves(
+        trainer: Any, seeds: range, steps: int, dropout: bool, inputs: Path, kinds: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
         asked.append((trainer, seeds, steps, dropout))
-        return torch.ones(2, steps), torch.ones(2, steps)
+        return {kind: torch.ones(2, steps) for kind in kinds}
 
     monkeypatch.setattr(convergence, "prepare", lambda folder: None)
     monkeypatch.setattr(convergence, "curves", curves)
@@ -143,11 +167,13 @@ def test_rows_are_added_to_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path
     mrt, dual = (convergence.TRAINERS[name] for name in ("mrt", "dual"))
     seeds = range(2)
     assert asked == [(mrt, seeds, 2, False), (dual, seeds, 2, False), (dual, seeds, 8, True)]
-    rows = [(row["name"], row["dropout"], row["goal"]) for row in data["convergence"]["rows"]]
-    assert rows == [("mrt", False, 1e-5), ("dual", False, 1e-5), ("dual", True, None)]
+    rows = [(row["name"], row["by"], row["dropout"], row["goal"]) for row in data["convergence"]["rows"]]
+    ours, again = convergence.OURS, convergence.ROUNDED
+    plain = [(x, by, False, goal) for x in ("mrt", "dual") for by, goal in ((ours, 1e-5), (again, None))]
+    assert rows == [*plain, ("dual", ours, True, None)]
     convergence.main([str(tmp_path), *words, "mrt"])
     data = json.loads((tmp_path / "a-2-cores.json").read_text())
-    assert [row["name"] for row in data["convergence"]["rows"]] == ["dual", "dual", "mrt"]
+    assert [row["name"] for row in data["convergence"]["rows"]] == ["dual"] * 3 + ["mrt"] * 2
 
     def beside_eager(model: str, seeds: range, steps: int) -> Any:
         assert (model, seeds, steps) == ("perceiver", range(2), 8)
@@ -159,4 +185,4 @@ def test_rows_are_added_to_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path
     data = json.loads((tmp_path / "a-2-cores.json").read_text())
     rows = [(row["name"], row["by"], row["dtype"], row["difference"]) for row in data["convergence"]["rows"]]
     beside = ("GPT, perceiver", "bfloat16", None)
-    assert rows[3:] == [(beside[0], by, *beside[1:]) for by in (convergence.OURS, convergence.EAGER)]
+    assert rows[5:] == [(beside[0], by, *beside[1:]) for by in (convergence.OURS, convergence.EAGER)]

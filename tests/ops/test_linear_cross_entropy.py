@@ -305,12 +305,12 @@ def test_products_of_16_bits_come_in_few_sizes(dtype, monkeypatch):
     ("N", "V", "most"),
     [
         *((4096, 4000, 4096 / 5), (4096, 8000, 4096 / 5), (4096, 32000, 2**24 / 32000)),
-        *((64, 1000, 64), (1, 2**25, 1)),
+        *((1024, 1000, 512), (307, 30522, 307), (1, 2**25, 1)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_have_a_fifth_of_the_logits(N: int, V: int, most: float, dtype: torch.dtype) -> None:
-    """Or 2^24 of them where that is less; a few megabytes are not divided."""
+    """Or 2^24 of them where that is less; 512 rows are not divided."""
     cpu = dispatch.registry[OP]["cpu"]
     rows, weight = (torch.zeros(size, 2, dtype=dtype) for size in (N, V))
     products = cpu._Products(rows, weight, None, (False, False, False))

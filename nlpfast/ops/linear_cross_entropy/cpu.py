@@ -22,9 +22,9 @@ SERVES = "float32, bfloat16 and float16, any sizes, any strides"
 # Logits of a chunk, of which more is faster: the weight and its gradient go through memory once a chunk. With
 # 2^22 a step takes 7 % longer, with 2^25 2 % less (N = 4096, V = 32000, D = 512).
 CHUNK_LOGITS = 1 << 24
-# Nor has a chunk more than a fifth of all, but for a few megabytes: cross entropy of all logits takes 2.7
-# times their size, of which a fifth of them is less than a tenth.
-SHARE, FEW_LOGITS = 5, 1 << 20
+# Nor has a chunk more than a fifth of all, but for so many rows: cross entropy of all logits takes 2.7 times
+# their size, of which a fifth of them is less than a tenth. Products of fewer rows are slower.
+SHARE, LEAST_ROWS = 5, 512
 # Classes whose products are converted together: a megabyte or two, which stay in a cache.
 CLASSES = 1024
 
@@ -95,7 +95,7 @@ class _Products:
         (N, D), V = input.shape, weight.shape[0]
         self.dtype = _computing(input.dtype)
         self.blocks = [slice(0, V)] if self.dtype == input.dtype else list(_blocks(V))
-        most = min(CHUNK_LOGITS, max(FEW_LOGITS, N * V // SHARE))
+        most = min(CHUNK_LOGITS, max(LEAST_ROWS * V, N * V // SHARE))
         self.rows = projected_chunks.chunk_rows(N, V, most)
         self.buffer = large_buffers.empty((self.rows, V), self.dtype)
         # a single chunk leaves nothing to add up
