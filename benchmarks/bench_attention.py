@@ -137,7 +137,6 @@ CUDA_CASES = (
     ),
     Case((256, 12, 128, 128, 64), fill=0.75, dtype=torch.bfloat16, goal=1.3, quick=True),
     Case(CUDA_SHORT, True, dtype=torch.float16, quick=True),
-    # Heads of 64 bytes side by side: is a row of them slower than one that lies alone?
     Case(CUDA_SHORT, True, transposed=True, dtype=torch.bfloat16, quick=True),
 )
 
@@ -319,10 +318,8 @@ def _real(case: Case, device: str) -> Tensor | None:
 def _eager(case: Case, device: str, dropout: float) -> Callable[..., Tensor]:
     """Return attention as models write it, with its mask made once."""
     _, _, L, S, D = case.shape
-    hidden, real = (
-        torch.ones(L, S, dtype=torch.bool, device=device).triu(1 if case.causal else S),
-        _real(case, device),
-    )
+    hidden = torch.ones(L, S, dtype=torch.bool, device=device).triu(1 if case.causal else S)
+    real = _real(case, device)
     if real is not None:
         hidden = hidden | ~real
 

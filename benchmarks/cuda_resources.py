@@ -20,6 +20,8 @@ __all__ = ["Kernel", "dumped", "executed", "instructions", "listings", "resource
 
 LIBRARY = native.FOLDER / "libnlpfast_cuda.so"
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\d+ )?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+# Exponentials or maxima of a block that has all those of a row.
+AT_ONCE = 32
 
 
 class Kernel(NamedTuple):
@@ -84,12 +86,13 @@ def instructions(code: str) -> list[str]:
     return [found[2] for found in INSTRUCTION.findall(code)]
 
 
-def executed(code: str, dropout: bool) -> list[int]:
+def executed(code: str, dropout: bool, masked: bool = False) -> list[int]:
     """Return how many instructions a warp executes outside of loops, in one, in one within it, and so on.
 
     Not counted are blocks that it jumps over: what stands after the end of the kernel, for warps whose lanes
-    went different ways, and without dropout what draws random numbers and what follows from them. Of branches
-    for a piece or a tile with something special about it both sides are counted.
+    went different ways, and without dropout what draws random numbers and what follows from them. Where the
+    exponentials of a row stand twice, tile by tile for rows with a mask and all at once for others, `masked`
+    says which are counted. Of branches for a piece or a tile with something special about it both sides are.
     """
     lines = [(int(address, 16), when, name, rest) for address, when, name, rest in INSTRUCTION.findall(code)]
     jumps = [(at, when, _target(rest)) for at, when, name, rest in lines if name.startswith("BRA")]
@@ -102,13 +105,19 @@ def executed(code: str, dropout: bool) -> list[int]:
         blocks[-1].append((at, name))
         if name.startswith(("BRA", "EXIT", "RET")):
             blocks.append([])
-    counts = [0] * (len(loops) + 1)
+    counts, found = [0] * (len(loops) + 1), False
+    twice = any(sum(name == "MUFU.EX2" for _, name in block) >= AT_ONCE for block in blocks)
     for block in filter(None, blocks):
         names = [name for _, name in block]
         late = any(name.startswith(("ENDCOLLECTIVE", "WARPSYNC.COLLECTIVE")) for name in names)
         draws = sum(".HI.U32" in name or ".WIDE.U32" in name for name in names) >= 8
         drops = names.count("SHFL.IDX") >= 4
-        if not late and (dropout or not (draws or drops)):
+        exps, maxima = names.count("MUFU.EX2"), names.count("FMNMX")
+        by_tile = twice and len(block) < 40 and max(exps, maxima, names.count("FSEL")) >= 4
+        # all at once they stand a third time, after the end of the kernel
+        other = (masked or found) if max(exps, maxima) >= AT_ONCE else by_tile and not masked
+        found = found or exps >= AT_ONCE
+        if not late and not other and (dropout or not (draws or drops)):
             counts[sum(begin <= block[0][0] <= end for begin, end in loops)] += len(block)
     while len(counts) > 1 and not counts[-1]:
         counts.pop()

@@ -83,6 +83,7 @@ class Launch(NamedTuple):
         goal: of GOALS, "" for none.
         limit: seconds that the goal allows.
         dropout: the code of dropout is executed too.
+        masked: rows have a mask.
     """
 
     case: str
@@ -98,6 +99,7 @@ class Launch(NamedTuple):
     goal: str = ""
     limit: float = math.nan
     dropout: bool = False
+    masked: bool = False
 
     def resident(self) -> int:
         """Return how many blocks a multiprocessor has."""
@@ -107,7 +109,11 @@ class Launch(NamedTuple):
 
     def terms(self) -> dict[str, float]:
         """Return the seconds that each of RATES would take alone."""
-        each = _executed(self.kernel, self.dropout) if self.instructions is None else self.instructions
+        each = (
+            _executed(self.kernel, self.dropout, self.masked)
+            if self.instructions is None
+            else self.instructions
+        )
         numbers = {
             "memory": self.bytes,
             "products": self.products,
@@ -139,8 +145,8 @@ def _codes() -> dict[tuple[Any, ...], str]:
     return {_name(kernel): code for kernel, code in listings(ARCH)}
 
 
-def _executed(kernel: tuple[Any, ...], dropout: bool) -> tuple[int, ...]:
-    return tuple(executed(_codes()[kernel], dropout))
+def _executed(kernel: tuple[Any, ...], dropout: bool, masked: bool) -> tuple[int, ...]:
+    return tuple(executed(_codes()[kernel], dropout, masked))
 
 
 def _type(dtype: torch.dtype) -> str:
@@ -195,6 +201,7 @@ def attention(case: bench_attention.Case, pairs: bool = False) -> Iterator[Launc
         exps=multiplied,
         goal="forward",
         dropout=dropped,
+        masked=case.causal,
     )
     # more than 128 keys go by in turn, and the gradients of queries are added up in memory
     one, blocks, heads = L <= K and chunks == 1, math.ceil(L / K) * chunks, B * H * K / 16
@@ -215,6 +222,7 @@ def attention(case: bench_attention.Case, pairs: bool = False) -> Iterator[Launc
         exps=multiplied,
         goal="backward",
         dropout=dropped,
+        masked=case.causal,
     )
 
 

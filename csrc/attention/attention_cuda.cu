@@ -35,13 +35,18 @@ void check_rows(const Tensor& x, const char* name, const Tensor& query, int64_t 
   STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), name, " must have the dtype of query");
   STD_TORCH_CHECK(x.dim() == query.dim() && x.size(x.dim() - 1) == D, name, " must have the head size of query");
   STD_TORCH_CHECK(rows_on_vectors(x), "the rows of ", name, " must begin at multiples of 16 bytes");
+  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim)
+    STD_TORCH_CHECK(x.size(dim) <= 0x7fffffff && (x.size(dim) <= 1 || x.stride(dim) <= 0x7fffffff), name,
+                    " has a size or a stride of over 2^31 - 1");
 }
 
 // Of [B, H, rows, D], or packed [total, H, D].
 Rows rows_of(const Tensor& x) {
   char* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
-  if (x.dim() == 3) return {data, 0, x.stride(1), x.stride(0)};
-  return {data, x.stride(0), x.stride(1), x.stride(2)};
+  // a stride that nobody goes along may be anything
+  const auto stride = [&](int64_t dim) { return x.size(dim) <= 1 ? 0 : static_cast<int>(x.stride(dim)); };
+  if (x.dim() == 3) return {data, 0, stride(1), stride(0)};
+  return {data, stride(0), stride(1), stride(2)};
 }
 
 const int64_t* integers_of(const std::optional<Tensor>& x, const char* name, const Tensor& query, int64_t n) {
@@ -83,7 +88,10 @@ Problem problem_of(const Tensor& query, const Tensor& key, const Tensor& value, 
     p.dropping = {integers_of(options.seed, "seed", query, 2), static_cast<int>(options.dropout_p * 65536.0 + 0.5),
                   options.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - options.dropout_p)) : 0.0f};
   }
-  p.lse_head = query.size(packed ? 0 : 2), p.lse_batch = packed ? 0 : H * p.lse_head;
+  const int64_t rows = query.size(packed ? 0 : 2);
+  STD_TORCH_CHECK(H * rows <= 0x7fffffff, "there are too many queries");
+  p.lse_head = static_cast<int>(rows), p.lse_batch = packed ? 0 : static_cast<int>(H * rows);
+  p.group_size = Divisor(static_cast<unsigned>(p.group));
   return p;
 }
 
@@ -112,7 +120,7 @@ Tensor cuda_attention_forward(const Tensor& query, const Tensor& key, const Tens
   Tensor lse = p.cu_seq_q ? new_empty(query, {p.H, rows}, ScalarType::Float)
                           : new_empty(query, {B, p.H, rows}, ScalarType::Float);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.heads = static_cast<unsigned>(B * p.H);
+  p.heads = static_cast<unsigned>(B * p.H), p.heads_each = Divisor(static_cast<unsigned>(p.H));
   if (p.heads == 0 || rows == 0) return lse;
   const OnDevice guard(query);
   with_rows(query, [&]<class E, int D>() {
@@ -187,7 +195,7 @@ void cuda_attention_backward(const Tensor& grad_out, const std::optional<Tensor>
     p.given = rows_of(*out), p.lse = static_cast<float*>(const_cast<void*>(lse->const_data_ptr()));
   }
   const PairSlopes added = pairs_of(query, slopes, pairs, by_query, query_begin, heads, p, max_k);
-  p.heads = static_cast<unsigned>(B * key.size(1));
+  p.heads = static_cast<unsigned>(B * key.size(1)), p.heads_each = Divisor(static_cast<unsigned>(key.size(1)));
   // of packed sequences there may be any number of queries
   const int64_t most_q = p.cu_seq_q ? query.size(0) : query.size(2);
   if (p.heads == 0) return;

@@ -68,7 +68,7 @@ __device__ __forceinline__ void weigh_rows(const Problem& p, const Seeds& seeds,
   const int g = threadIdx.x % 32 / 4, least = head.least_of(p, i0), most = head.most_of(p, i0);
   const int limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
   float maximum[2], total[2];
-  exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
+  exponentials<KEYS>(s, least, most, limits, p.scale, maximum, total);
   const float inverse[2] = {total[0] == 0.0f ? 0.0f : 1.0f / total[0], total[1] == 0.0f ? 0.0f : 1.0f / total[1]};
 #pragma unroll
   for (int j = 0; j < KEYS / 8; j += 2) {
@@ -129,7 +129,7 @@ __device__ __forceinline__ void weigh_some(const Problem& p, const Seeds& seeds,
   for (int j = 0; j < KEYS / 8; ++j) {
     if (j / 2 * 16 >= most) continue;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) s[j][e] = exp2_of(fmaf(s[j][e], p.scale * LOG2_E, -lse[e / 2]));
+    for (int e = 0; e < 4; ++e) s[j][e] = exp2_of(fmaf(s[j][e], fabsf(p.scale) * LOG2_E, -lse[e / 2]));
     if (j * 8 + 8 > least)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
@@ -152,7 +152,7 @@ __device__ __forceinline__ void slopes_of_queries(const Problem& p, const Seeds&
   // no query of these sees one of these keys
   if (CHUNKED && head.base && most == 0) return;
   float s[K_TILES][4], ds[TWICE ? 2 : K_TILES][4], shift[2] = {0.0f, 0.0f};
-  multiply_keys<E, D, KEYS>(s, Left<E, D>(q + warp * TILE * D), Places<E, D>::across(k), most);
+  multiply_keys<E, D, KEYS>(s, Left<E, D>(q + warp * TILE * D, p.scale), Places<E, D>::across(k), most);
   const Left<E, D> upstream(grad + warp * TILE * D);
   const auto values = Places<E, D>::across(v), keys = Places<E, D>::down(k);
   if constexpr (!TWICE) multiply_keys<E, D, KEYS>(ds, upstream, values, most);
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
 
   const auto start_keys = [&](unsigned number, int base, int stage) {
     if (number < p.heads) {
-      Head head(p, number, p.H / p.group);
+      Head head(p, number);
       head.base = base;
       const int most = head.most(p);
       const E *k = head.row<E>(p.k, head.h, head.k_first + base), *v = head.row<E>(p.v, head.h, head.k_first + base);
@@ -251,12 +251,15 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
   const Seeds seeds(p.dropping);
   int rows_stage = 0, keys_stage = 0;
   for (unsigned number = blockIdx.x; number < p.heads;) {
-    Head head(p, number, p.H / p.group);
-    const int blocks = (head.queries + KEYS - 1) / KEYS, items = blocks * p.group;
+    Head head(p, number);
+    const int blocks = (head.queries + KEYS - 1) / KEYS, items = ONE ? 1 : blocks * p.group;
+    // of an item, which has up to KEYS queries: their head, and the first of them
+    const auto head_of = [&](int item) { return ONE ? head.h : head.h * p.group + item / blocks; };
+    const auto first_of = [&](int item) { return ONE ? 0 : item % blocks * KEYS; };
     // queries of a block of a head of the group
     const auto start_queries = [&](int item, int stage) {
       if (item < items) {
-        const int h = head.h * p.group + item / blocks, i0 = item % blocks * KEYS;
+        const int h = head_of(item), i0 = first_of(item);
         start_rows<E, D, KEYS, THREADS>(rows_of(stage), head.row<E>(p.q, h, head.q_first + i0), p.q.row,
                                         head.queries - i0, threadIdx.x);
         start_rows<E, D, KEYS, THREADS>(rows_of(stage) + KEYS * D, head.row<E>(p.out, h, head.q_first + i0), p.out.row,
@@ -275,7 +278,7 @@ __global__ void __launch_bounds__(KEYS * 2, KEYS == 64 ? 2 : 1)
       clear(dk), clear(dv);
 
       for (int item = 0; item < items; ++item, ++rows_stage) {
-        const int h = head.h * p.group + item / blocks, begin = item % blocks * KEYS, i0 = begin + warp * TILE;
+        const int h = head_of(item), begin = first_of(item), i0 = begin + warp * TILE;
         if (STAGES > 1) {
           start_queries(item + 1, rows_stage + 1);
           // in flight may be the next queries, and at first the next keys, which were started before

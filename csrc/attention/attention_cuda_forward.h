@@ -34,10 +34,10 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64 ? 4 : 3) forward(Proble
 
   const auto start_keys = [&](unsigned number, int stage) {
     if (number < p.heads) {
-      const Head head(p, number, p.H);
+      const Head head(p, number);
       const int most = head.most(p);
-      const E* k = head.row<E>(p.k, head.h / p.group, head.k_first);
-      const E* v = head.row<E>(p.v, head.h / p.group, head.k_first);
+      const int shared = p.group_size.quotient(head.h);
+      const E *k = head.row<E>(p.k, shared, head.k_first), *v = head.row<E>(p.v, shared, head.k_first);
       start_rows<E, D, KEYS, WARPS * 32>(stage_of(stage), k, p.k.row, most, threadIdx.x);
       start_rows<E, D, KEYS, WARPS * 32>(stage_of(stage) + KEYS * D, v, p.v.row, most, threadIdx.x);
     }
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64 ? 4 : 3) forward(Proble
   start_keys(blockIdx.x, 0);
   int stage = 0;
   for (unsigned number = blockIdx.x; number < p.heads; number += gridDim.x, stage ^= 1) {
-    const Head head(p, number, p.H);
+    const Head head(p, number);
     const int tiles = (head.queries + TILE - 1) / TILE;
     // the n-th tile of queries of this warp: back and forth
     const auto tile_of = [&](int n) { return n % 2 ? (n + 1) * WARPS - 1 - warp : n * WARPS + warp; };
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64 ? 4 : 3) forward(Proble
         __syncwarp();
       }
       if (i0 >= head.queries) continue;
-      const Left<E, D> left(own);
+      const Left<E, D> left(own, p.scale);
       // their place is free for the queries after these
       __syncwarp();
       start_queries(n + 1);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(WARPS * 32, KEYS == 64 ? 4 : 3) forward(Proble
       const int least = head.least_of(p, i0), most = head.most_of(p, i0);
       float s[K_TILES][4], maximum[2], total[2];
       multiply_keys<E, D, KEYS>(s, left, k, most);
-      exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
+      exponentials<KEYS>(s, least, most, limits, p.scale, maximum, total);
       if (p.dropping.threshold) {
         const Seeds seeds(p.dropping);
 #pragma unroll
@@ -109,15 +109,15 @@ __global__ void __launch_bounds__(WARPS * 32, 3) forward_chunked(Problem p) {
   const auto stage_of = [&](int stage) { return memory + stage % 2 * 2 * KEYS * D; };
   E* own = memory + 4 * KEYS * D + warp * TILE * D;
 
-  Head head(p, blockIdx.x / p.blocks, p.H);
+  Head head(p, blockIdx.x / p.blocks);
   // with a causal mask the last queries have the most to do, and come first
   const int first = static_cast<int>(p.blocks - 1 - blockIdx.x % p.blocks) * ROWS, i0 = first + warp * TILE;
   if (first >= head.queries) return;
   const int last = first + ROWS < head.queries ? first + ROWS : head.queries, seen = head.limit(p, last - 1);
+  const int shared = p.group_size.quotient(head.h);
   const auto start_keys = [&](int base, int stage) {
     if (base < seen) {
-      const E* k = head.row<E>(p.k, head.h / p.group, head.k_first + base);
-      const E* v = head.row<E>(p.v, head.h / p.group, head.k_first + base);
+      const E *k = head.row<E>(p.k, shared, head.k_first + base), *v = head.row<E>(p.v, shared, head.k_first + base);
       start_rows<E, D, KEYS, WARPS * 32>(stage_of(stage), k, p.k.row, seen - base, threadIdx.x);
       start_rows<E, D, KEYS, WARPS * 32>(stage_of(stage) + KEYS * D, v, p.v.row, seen - base, threadIdx.x);
     }
@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(WARPS * 32, 3) forward_chunked(Problem p) {
       const auto k = Places<E, D>::across(stage_of(stage)), v = Places<E, D>::down(stage_of(stage) + KEYS * D);
       const int limits[2] = {head.limit(p, i0 + g), head.limit(p, i0 + g + 8)};
       float s[K_TILES][4], maximum[2], total[2], part[D / 8][4] = {}, scales[2], before[2];
-      multiply_keys<E, D, KEYS>(s, Left<E, D>(own), k, most);
-      exponentials<KEYS>(s, least, most, limits, p.scale * LOG2_E, maximum, total);
+      multiply_keys<E, D, KEYS>(s, Left<E, D>(own, p.scale), k, most);
+      exponentials<KEYS>(s, least, most, limits, p.scale, maximum, total);
 #pragma unroll
       for (int j = 0; j < K_TILES; j += 2) {
         if (j * 8 >= most) continue;

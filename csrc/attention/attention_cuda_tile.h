@@ -10,9 +10,23 @@ namespace {
 constexpr int TILE = 16, GROUP = 8;
 constexpr float LN_2 = 0.6931471805599453f;
 
+// Strides are in elements and fit in 32 bits: a product of two such numbers that is 64 bits wide is one instruction.
 struct Rows {
   char* data;
-  int64_t batch, head, row;  // strides in elements
+  int batch, head, row;
+};
+
+// Division by a number that is known before the launch of numbers below 2^31 (Granlund and Montgomery, "Division by
+// invariant integers using multiplication", 1994).
+struct Divisor {
+  unsigned value, magic, shift = 31;
+
+  // 0 divides nothing, and is as 1
+  Divisor(unsigned by = 1) : value(by ? by : 1) {
+    while (uint64_t{1} << (shift - 31) < value) ++shift;
+    magic = static_cast<unsigned>(((uint64_t{1} << shift) + value - 1) / value);
+  }
+  __device__ __forceinline__ int quotient(unsigned n) const { return static_cast<int>(uint64_t{n} * magic >> shift); }
 };
 
 struct Problem {
@@ -20,24 +34,26 @@ struct Problem {
   Rows dq, dk, dv;
   float* lse;
   const float* grad_lse;  // may be null
-  int64_t lse_batch, lse_head;
+  int lse_batch, lse_head;
   const int64_t *key_lengths, *prefix_lengths, *cu_seq_q, *cu_seq_k;  // each may be null
   Dropping dropping;
   int H, group, L, S, causal;
-  unsigned heads;   // those that blocks go through: of queries, in the backward pass of keys
-  unsigned blocks;  // of queries of a head, forward where there are many keys
+  Divisor group_size, heads_each;  // `group`, and how many of those that blocks go through a sequence has
+  unsigned heads;                  // those that blocks go through: of queries, in the backward pass of keys
+  unsigned blocks;                 // of queries of a head, forward where there are many keys
   float scale;
 };
 
 // A sequence and one of its heads.
 struct Head {
   int b, h, queries, length, keys, prefix, base = 0;  // base: the first of the keys that are looked at
-  int64_t q_first, k_first;
+  int q_first, k_first;
 
-  // Number `number`, if a sequence has so many heads.
-  __device__ __forceinline__ Head(const Problem& p, unsigned number, unsigned heads)
-      : b(static_cast<int>(number / heads)), h(static_cast<int>(number % heads)) {
-    q_first = p.cu_seq_q ? p.cu_seq_q[b] : 0, k_first = p.cu_seq_k ? p.cu_seq_k[b] : 0;
+  // Number `number` of those that blocks go through.
+  __device__ __forceinline__ Head(const Problem& p, unsigned number)
+      : b(p.heads_each.quotient(number)), h(static_cast<int>(number - b * p.heads_each.value)) {
+    q_first = p.cu_seq_q ? static_cast<int>(p.cu_seq_q[b]) : 0;
+    k_first = p.cu_seq_k ? static_cast<int>(p.cu_seq_k[b]) : 0;
     queries = p.cu_seq_q ? static_cast<int>(p.cu_seq_q[b + 1] - q_first) : p.L;
     keys = length = p.cu_seq_k ? static_cast<int>(p.cu_seq_k[b + 1] - k_first) : p.S;
     prefix = 0;
@@ -78,12 +94,12 @@ struct Head {
 
   // Where what there is of query i of head `head`, a number in float32, lies.
   __device__ __forceinline__ int64_t lse_place(const Problem& p, int head, int i) const {
-    return b * p.lse_batch + head * p.lse_head + q_first + i;
+    return int64_t{b} * p.lse_batch + int64_t{head} * p.lse_head + (q_first + i);
   }
 
   template <class E>
-  __device__ __forceinline__ E* row(const Rows& x, int head, int64_t i) const {
-    return reinterpret_cast<E*>(x.data) + b * x.batch + head * x.head + i * x.row;
+  __device__ __forceinline__ E* row(const Rows& x, int head, int i) const {
+    return reinterpret_cast<E*>(x.data) + (int64_t{b} * x.batch + int64_t{head} * x.head + int64_t{i} * x.row);
   }
 };
 
@@ -97,15 +113,15 @@ __device__ __forceinline__ int place_of(int r, int c) {
 
 // Starts to copy rows, and zeros after `inside` of them; each of THREADS threads has one chunk of every STEP-th row.
 template <class E, int D, int ROWS, int THREADS>
-__device__ __forceinline__ void start_rows(E* to, const E* from, int64_t stride, int inside, int thread) {
+__device__ __forceinline__ void start_rows(E* to, const E* from, int stride, int inside, int thread) {
   constexpr int CHUNKS = D / 8, STEP = THREADS / CHUNKS;
   // after 8 rows chunks lie as before, after 4 the other half is exchanged
   static_assert(STEP % 4 == 0 && ROWS % STEP == 0);
   const int r = thread / CHUNKS, c = thread % CHUNKS;
   E* const places[2] = {to + place_of<D>(r, c), to + place_of<D>(r + STEP, c) - STEP * D};
-  const E* row = from + r * stride + c * 8;
+  const E* row = from + int64_t{r} * stride + c * 8;
 #pragma unroll
-  for (int i = 0; i < ROWS / STEP; ++i, row += STEP * stride)
+  for (int i = 0; i < ROWS / STEP; ++i, row += int64_t{STEP} * stride)
     copy_to_shared(places[STEP % 8 ? i % 2 : 0] + i * STEP * D, row, r + i * STEP < inside);
 }
 
@@ -138,15 +154,21 @@ struct Places {
   }
 };
 
-// 16 rows as the first matrix of products over D.
+// 16 rows as the first matrix of products over D; their opposites if they are for a scale below 0, so that a maximum of
+// products is one of scores.
 template <class E, int D>
 struct Left {
   uint32_t word[D / 16][4];
 
-  __device__ __forceinline__ explicit Left(const E* rows) {
+  __device__ __forceinline__ explicit Left(const E* rows, float scale = 1.0f) {
     const auto places = Places<E, D>::down(rows);
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) load_matrices(word[d], places.at[d]);
+    if (scale < 0.0f)
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) word[d][i] ^= 0x80008000u;
   }
 
   // The products with keys 8 j to 8 j + 15, which lie `across`.
@@ -207,27 +229,22 @@ __device__ __forceinline__ void add_rows(float (&o)[D / 8][4], const uint32_t (&
 }
 
 // Makes weights exp(s - maximum) of products with the keys below `most`, 16 at a time, 0 from the limit of a row on;
-// maximum and sum of rows g and g + 8 in base 2. All rows see the keys below `least`.
-template <int KEYS>
-__device__ __forceinline__ void exponentials(float (&s)[KEYS / 8][4], int least, int most, const int (&limits)[2],
-                                             float scale, float (&maximum)[2], float (&total)[2]) {
+// maximum and sum of rows g and g + 8 in base 2. All rows see the keys below `least`, and with ALL all there are.
+template <int KEYS, bool ALL>
+__device__ __forceinline__ void exponentials_of(float (&s)[KEYS / 8][4], int least, int most, const int (&limits)[2],
+                                                float scale, float (&maximum)[2], float (&total)[2]) {
   const int t = threadIdx.x % 4;
   maximum[0] = maximum[1] = -INFINITY, total[0] = total[1] = 0.0f;
 #pragma unroll
   for (int j = 0; j < KEYS / 8; ++j) {
-    if (j / 2 * 16 >= most) continue;
-    if (scale < 0.0f)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[j][e] = -s[j][e];
-    if (j * 8 + 8 > least)
+    if (!ALL && j / 2 * 16 >= most) continue;
+    if (!ALL && j * 8 + 8 > least)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         if (j * 8 + 2 * t + e % 2 >= limits[e / 2]) s[j][e] = -INFINITY;
 #pragma unroll
     for (int e = 0; e < 4; ++e) maximum[e / 2] = fmaxf(maximum[e / 2], s[j][e]);
   }
-  // not 0, which would make NaN of what is hidden
-  scale = fmaxf(fabsf(scale), 1e-30f);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     maximum[r] = fmaxf(maximum[r], __shfl_xor_sync(ALL_LANES, maximum[r], 1));
@@ -237,7 +254,7 @@ __device__ __forceinline__ void exponentials(float (&s)[KEYS / 8][4], int least,
   }
 #pragma unroll
   for (int j = 0; j < KEYS / 8; ++j) {
-    if (j / 2 * 16 >= most) continue;
+    if (!ALL && j / 2 * 16 >= most) continue;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       s[j][e] = exp2_of(fmaf(s[j][e], scale, -maximum[e / 2]));
@@ -249,6 +266,18 @@ __device__ __forceinline__ void exponentials(float (&s)[KEYS / 8][4], int least,
     total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);
     total[r] += __shfl_xor_sync(ALL_LANES, total[r], 2);
   }
+}
+
+// The same, without a question for each tile where no row has a limit.
+template <int KEYS>
+__device__ __forceinline__ void exponentials(float (&s)[KEYS / 8][4], int least, int most, const int (&limits)[2],
+                                             float scale, float (&maximum)[2], float (&total)[2]) {
+  // not 0, which would make NaN of what is hidden
+  scale = fmaxf(fabsf(scale), 1e-30f) * LOG2_E;
+  if (least >= KEYS)
+    exponentials_of<KEYS, true>(s, least, most, limits, scale, maximum, total);
+  else
+    exponentials_of<KEYS, false>(s, least, most, limits, scale, maximum, total);
 }
 
 // Calls f(j, e) for what dropout takes away of 16 rows from i0 on and the keys of tiles j and j + 1 from `base` on.
@@ -271,7 +300,7 @@ __device__ __forceinline__ void for_dropped(const Dropping& dropping, const Seed
 // Writes 16 rows of D sums times a factor, of which `inside` are there, 16 bytes a lane: the four lanes of a row
 // exchange what they have of four tiles. With ADD they are added to what is there.
 template <class E, int D, bool ADD = false>
-__device__ __forceinline__ void store_sums(const float (&o)[D / 8][4], const float (&factor)[2], E* to, int64_t stride,
+__device__ __forceinline__ void store_sums(const float (&o)[D / 8][4], const float (&factor)[2], E* to, int stride,
                                            int inside) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -292,7 +321,7 @@ __device__ __forceinline__ void store_sums(const float (&o)[D / 8][4], const flo
         }
       const int row = g + 8 * r;
       if (row >= inside) continue;
-      E* place = to + row * stride + (d + t) * 8;
+      E* place = to + int64_t{row} * stride + (d + t) * 8;
       if constexpr (ADD) {
         Piece<E, 8> sums, there;
         there.take(*reinterpret_cast<const uint4*>(place));

@@ -301,3 +301,28 @@ def test_scales(scale: float, causal: str) -> None:
     tensors = inputs(2, 2, 2, 40, 70, 32, torch.float16)
     options = {"scale": scale, **({} if causal == "none" else {"is_causal": True, "causal_align": causal})}
     assert_as_defined(tensors, torch.float16, **options)
+
+
+def test_rows_that_lie_far_apart_are_copied() -> None:
+    """Kernels count in 32 bits how far rows are from one another, in numbers."""
+    cuda = dispatch.registry["attention"]["cuda"]
+    memory = torch.empty(2**31 + 128, dtype=torch.float16)
+    rows = [memory.as_strided((2, 1, 1, 64), (distance, 64, 64, 1)) for distance in (2**31 - 8, 2**31)]
+    for x in rows:
+        x.copy_(torch.arange(128.0).view(2, 1, 1, 64))
+    near, far = (cuda.lying(x) for x in rows)
+    assert near.data_ptr() == rows[0].data_ptr() and far.stride(0) == 64 and torch.equal(far, rows[1])
+    # nobody goes along the first dimension
+    assert cuda.lying(rows[1][:1]).data_ptr() == rows[1].data_ptr()
+    with pytest.raises(RuntimeError, match="query has a size or a stride of over"):
+        run(rows[1], rows[0], rows[0])
+    reason = cuda.refusal(far.expand(2, 1, 2**25, 64), far, far, None, None, None)
+    assert reason == f"it takes up to {2**31 - 1} numbers of a sequence's queries, and got {2**31}"
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("Hk", [1, 2, 3, 5])
+def test_any_number_of_heads(Hk: int, group: int) -> None:
+    """A block finds the sequence and the head of a number by a product and a shift."""
+    q, k, v = inputs(7, group * Hk, Hk, 5, 6, 32, torch.float16)
+    assert_right(run(q, k, v), definition(q, k, v, enable_gqa=True), torch.float16)

@@ -18,6 +18,8 @@ SERVES = (
 )
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZES, MAX_KEYS = (32, 64), 512
+# What the kernels count in 32 bits, in numbers.
+MAX_STRIDE = 2**31 - 1
 # Heads and rows at most for which gradients at pairs are added on the way.
 HEADS_WITH_PAIRS, ROWS_WITH_PAIRS = 32, 64
 CAUSAL = {"none": 0, "top_left": 1, "bottom_right": 2}
@@ -36,6 +38,9 @@ def refusal(
     """Return why the kernels do not serve this call, in one line, or None."""
     if attn_mask is not None:
         return "it takes no attn_mask"
+    numbers = query.shape[1:].numel()
+    if numbers > MAX_STRIDE:
+        return f"it takes up to {MAX_STRIDE} numbers of a sequence's queries, and got {numbers}"
     return misfit(query, value, key.shape[2])
 
 
@@ -155,9 +160,10 @@ def _like(x: Tensor) -> Tensor:
 
 
 def lying(x: Tensor) -> Tensor:
-    """Return rows that begin at multiples of 16 bytes, a copy if these do not."""
-    vec = 16 // x.element_size()
-    return x if on_vectors(x, vec) else x.clone(memory_format=torch.contiguous_format)
+    """Return rows that begin at multiples of 16 bytes, less than 2^31 numbers apart; a copy if need be."""
+    near = all(stride <= MAX_STRIDE for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+    fits = near and on_vectors(x, 16 // x.element_size())
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _register_fakes() -> None:
