@@ -170,7 +170,7 @@ def losses(case: bench_cross_entropy.Case) -> Iterator[Launch]:
         case.name,
         ("cross_entropy", "long_row" if whole is None else "whole_row", _type(case.dtype), numbers),
         warps=threads // 32,
-        shared=256 + anywhere * together * threads,
+        shared=272 + anywhere * together * threads,
         bytes=2 * N * V * size + 25 * N,
         rounds=(N * threads / 32,),
         in_flight=min(V * size, threads * 16 * together),

@@ -76,9 +76,9 @@ struct Unaligned {
 constexpr size_t edges_of(int pieces, int threads) { return 2 * pieces * (threads / WARP_SIZE) * sizeof(uint4); }
 
 // Writes pieces a block's width apart, of which this thread's first is that from `first` on. All threads of a block
-// come here, once in each round over a row, so often that there are pieces up to V + PER - 1. A lane writes the 16
-// bytes at a multiple of that in which its elements begin, the last of the lane before among them; those of the last
-// lane of a warp come by shared memory.
+// come here, once in each round over a row. A lane writes the 16 bytes at a multiple of that in which its elements
+// begin, the last of the lane before among them; those of the last lane of a warp come by shared memory. What the last
+// piece has beyond its 16 bytes is written with the next round, or alone if this is the last.
 template <class E, int PER, int PIECES>
 __device__ __forceinline__ void store_unaligned(const Unaligned<E>& to, const Piece<E, PER> (&piece)[PIECES], int first,
                                                 int round, bool last_round, uint4* shared) {

@@ -65,3 +65,12 @@ def test_instructions_are_counted_by_loops() -> None:
         /*00b0*/                   BRA 0x30 ;
     """
     assert executed(code, dropout=False) == [3, 3, 4]
+
+
+def test_of_exponentials_by_tile_and_all_at_once_one_is_counted() -> None:
+    """Rows with a mask go by tile; for others all stand at once, and once more behind the end."""
+    tile, all_at_once = ["FSEL"] * 4 + ["MUFU.EX2"] * 4, ["MUFU.EX2"] * 32
+    names = [*tile, "BRA 0x500", *all_at_once, "EXIT", *all_at_once, "BRA 0x500"]
+    code = "".join(f"/*{16 * i:04x}*/ {name} ;\n" for i, name in enumerate(names))
+    assert executed(code, dropout=False, masked=True) == [len(tile) + 1]
+    assert executed(code, dropout=False, masked=False) == [len(all_at_once) + 1]
