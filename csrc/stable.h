@@ -1,6 +1,7 @@
 // The few words that every binding file needs on top of PyTorch's stable ABI.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +12,7 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <initializer_list>
 #include <optional>
 #include <thread>
 
@@ -20,6 +22,23 @@ namespace nlpfast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// A new tensor on the device of `x`, and of its dtype where none is given. torch::stable's function of this name looks
+// the operator up by its name in every call.
+inline Tensor new_empty(const Tensor& x, std::initializer_list<int64_t> sizes,
+                        std::optional<ScalarType> type = std::nullopt) {
+  int32_t dtype = 0, device = 0;
+  if (type)
+    dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
+  else
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(x.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
+                                                          &dtype, nullptr, &device, x.get_device_index(), nullptr,
+                                                          &made));
+  return Tensor(made);
+}
 
 // Raises RuntimeError unless `x` is a CPU tensor of this type and number of dimensions.
 inline void check_cpu(const Tensor& x, const char* name, ScalarType type, const char* type_name, int64_t dim) {

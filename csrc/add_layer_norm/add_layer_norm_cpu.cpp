@@ -12,8 +12,6 @@ NLPFAST_DEFINE_CHOICE(AddLayerNormKernels, add_layer_norm_kernels, add_layer_nor
 
 namespace {
 
-using torch::stable::new_empty;
-
 // Elements that are worth a thread.
 constexpr int64_t GRAIN = 16384;
 // Chunks of rows whose sums are added up in the end, at most.
@@ -51,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& part, co
   p.part_dtype = floating_dtype(part, "part");
   if (bias) p.bias = floats_of(*bias, "bias", p.C);
   p.eps = (float)eps;
-  Tensor sum = torch::stable::empty_like(residual), out = new_empty(residual, {p.N, p.C}, out_dtype);
+  Tensor sum = new_empty(residual, {p.N, p.C}), out = new_empty(residual, {p.N, p.C}, out_dtype);
   Tensor statistics = new_empty(residual, {p.N, 2}, ScalarType::Float);
   p.out_dtype = floating_dtype(out, "out_dtype");
   p.part = data_of(part), p.residual = data_of(residual), p.sum = writable(sum), p.out = writable(out);
@@ -76,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
   }
   p.statistics = const_cast<float*>(floats_of(statistics, "statistics", 2 * p.N));
   const bool apart = threshold > 0 || part_dtype != sum.scalar_type();
-  Tensor d_residual = torch::stable::empty_like(sum), d_part = new_empty(sum, {apart ? p.N : 0, p.C}, part_dtype);
+  Tensor d_residual = new_empty(sum, {p.N, p.C}), d_part = new_empty(sum, {apart ? p.N : 0, p.C}, part_dtype);
   p.part_dtype = floating_dtype(d_part, "part_dtype");
   p.sum = data_of(sum), p.grad_out = data_of(grad_out), p.d_residual = writable(d_residual);
   p.d_part = apart ? writable(d_part) : nullptr;

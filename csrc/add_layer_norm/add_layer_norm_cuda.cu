@@ -94,8 +94,6 @@ void with_types(Dtype part, Dtype sum, Dtype out, int C, F&& with) {
   STD_TORCH_CHECK(false, "there are no kernels for these dtypes of part, residual and norm");
 }
 
-using torch::stable::new_empty;
-
 std::tuple<Tensor, Tensor, Tensor> cuda_add_layer_norm_forward(const Tensor& part, const Tensor& residual,
                                                                const Tensor& weight, const std::optional<Tensor>& bias,
                                                                const std::optional<Tensor>& seed, int64_t threshold,
@@ -104,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_add_layer_norm_forward(const Tensor& par
   check_contiguous_on(part, "part", residual);
   if (bias) p.bias = floats_of(*bias, "bias", residual, p.C);
   p.eps = static_cast<float>(eps);
-  Tensor sum = torch::stable::empty_like(residual), out = new_empty(residual, {p.N, p.C}, out_dtype);
+  Tensor sum = new_empty(residual, {p.N, p.C}), out = new_empty(residual, {p.N, p.C}, out_dtype);
   Tensor statistics = new_empty(residual, {p.N, 2}, ScalarType::Float);
   p.part = part.const_data_ptr(), p.residual = residual.const_data_ptr();
   p.sum = sum.mutable_data_ptr(), p.out = out.mutable_data_ptr();
@@ -137,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_add_layer_norm_backward(const Tensor& gr
   const bool apart = threshold > 0 || part_dtype != sum.scalar_type();
   const Shape shape = shape_of(p.C);
   const unsigned wanted = blocks_of(p.groups, shape), blocks = wanted < BLOCKS ? wanted : BLOCKS;
-  Tensor d_part = new_empty(sum, {apart ? p.N : 0, p.C}, part_dtype), d_residual = torch::stable::empty_like(sum);
+  Tensor d_part = new_empty(sum, {apart ? p.N : 0, p.C}, part_dtype), d_residual = new_empty(sum, {p.N, p.C});
   Tensor sums = new_empty(sum, {static_cast<int64_t>(blocks), 2, p.C}, ScalarType::Float);
   p.grad_out = grad_out.const_data_ptr(), p.sum = const_cast<void*>(sum.const_data_ptr());
   p.d_part = apart ? d_part.mutable_data_ptr() : nullptr, p.d_residual = d_residual.mutable_data_ptr();

@@ -12,8 +12,6 @@ NLPFAST_DEFINE_CHOICE(AlignmentLossKernels, alignment_loss_kernels, alignment_lo
 
 namespace {
 
-using torch::stable::new_empty;
-
 // Products of a query and a key that are worth a thread.
 constexpr int64_t GRAIN = 256;
 

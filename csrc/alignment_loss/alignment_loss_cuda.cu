@@ -19,8 +19,6 @@
 namespace nlpfast::cuda {
 namespace {
 
-using torch::stable::new_empty;
-
 void check_rows(const Tensor& x, const char* name, const Tensor& query) {
   check_on_device(x, name, query);
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == query.scalar_type() && x.size(3) == query.size(3), name,

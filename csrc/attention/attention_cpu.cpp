@@ -4,8 +4,6 @@
 namespace nlpfast {
 namespace {
 
-using torch::stable::new_empty;
-
 std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                                      const std::optional<Tensor>& attn_mask,
                                                      const std::optional<Tensor>& key_lengths,

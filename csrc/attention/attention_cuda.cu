@@ -111,7 +111,6 @@ Tensor cuda_attention_forward(const Tensor& query, const Tensor& key, const Tens
                               const std::optional<Tensor>& cu_seq_q, const std::optional<Tensor>& cu_seq_k,
                               int64_t max_q, int64_t max_k, const std::optional<Tensor>& seed, double dropout_p,
                               int64_t causal, double scale, const Tensor& out) {
-  using torch::stable::new_empty;
   Problem p =
       problem_of(query, key, value, {key_lengths, prefix_lengths, cu_seq_q, cu_seq_k, seed, dropout_p, causal, scale});
   check_rows(out, "out", query, query.size(query.dim() - 1));

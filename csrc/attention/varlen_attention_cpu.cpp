@@ -4,8 +4,6 @@
 namespace nlpfast {
 namespace {
 
-using torch::stable::new_empty;
-
 std::tuple<Tensor, Tensor, Tensor> varlen_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                                             const Tensor& cu_seq_q, const Tensor& cu_seq_k,
                                                             int64_t max_q, int64_t max_k,

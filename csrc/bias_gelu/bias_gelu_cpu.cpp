@@ -12,8 +12,6 @@ NLPFAST_DEFINE_CHOICE(BiasGeluKernels, bias_gelu_kernels, bias_gelu)
 
 namespace {
 
-using torch::stable::new_empty;
-
 // Elements that are worth a thread.
 constexpr int64_t GRAIN = 16384;
 // Chunks of rows whose sums are added up in the end, at most.
@@ -41,7 +39,7 @@ Tensor bias_gelu_forward(const Tensor& x, const std::optional<Tensor>& bias, int
                          const std::optional<Tensor>& seed, int64_t threshold) {
   BiasGeluForward p{};
   set_problem(p, x, bias, activation, seed, threshold);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = new_empty(x, {p.N, p.C});
   p.out = static_cast<char*>(out.mutable_data_ptr());
   if (p.N > 0)
     parallel_for(0, groups_of(p), std::max<int64_t>(1, GRAIN / (DROPOUT_ROWS * p.C)),
@@ -56,7 +54,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& 
   set_problem(p, x, bias, activation, seed, threshold);
   check_contiguous(grad, "grad", p.N * p.C);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "grad must have the dtype of x");
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = new_empty(x, {p.N, p.C});
   p.grad = static_cast<const char*>(grad.const_data_ptr());
   p.dx = static_cast<char*>(dx.mutable_data_ptr());
   const int64_t groups = groups_of(p);

@@ -9,8 +9,6 @@ NLPFAST_DEFINE_CHOICE(CrossEntropyKernels, cross_entropy_kernels, cross_entropy)
 
 namespace {
 
-using torch::stable::new_empty;
-
 // Gradients from this size on do not stay in a cache until they are used.
 constexpr int64_t STREAMED_BYTES = int64_t{16} << 20;
 // Elements that are worth a thread.

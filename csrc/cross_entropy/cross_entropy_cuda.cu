@@ -112,7 +112,6 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Results cuda_cross_entropy_forward(const Tensor& input, const Tensor& target, int64_t ignore_index, int64_t pad_index,
                                    double on_target, double on_other, const std::optional<Tensor>& grad_scale,
                                    const std::optional<Tensor>& gradient) {
-  using torch::stable::new_empty;
   Problem p = problem_of(input, target, ignore_index, pad_index, on_target, on_other);
   STD_TORCH_CHECK(grad_scale.has_value() == gradient.has_value(), "a gradient has a scale, and the other way round");
   bool aligned = whole_vectors(input);

@@ -16,13 +16,13 @@ class Labels(NamedTuple):
 
     Attributes:
         target: [...], int64, a class or the index of rows that do not count.
-        counted: [], the number of rows that do.
+        counted: [], the number of rows that do, for the mean of them; None otherwise.
         options: what the backends of both ops take: that index; the class without mass, -1 for none; q at the
             target; q at the other classes.
     """
 
     target: Tensor
-    counted: Tensor
+    counted: Tensor | None
     options: tuple[int, int, float, float]
 
     def reduced(self, rows: Tensor, reduction: str) -> Tensor:
@@ -37,7 +37,7 @@ class Labels(NamedTuple):
             return rows
         if reduction == "sequence":
             return rows.sum(-1)
-        return rows.sum() / self.counted if reduction == "mean" else rows.sum()
+        return rows.sum() if self.counted is None else rows.sum() / self.counted
 
     def results(
         self, loss: Tensor, nll: Tensor, correct: Tensor, reduction: str, return_nll: bool
@@ -53,7 +53,7 @@ class Labels(NamedTuple):
         """
         if not return_nll:
             return self.reduced(loss, reduction)
-        counts = self.reduced(correct.long(), "sum" if reduction == "mean" else reduction)
+        counts = correct.sum() if reduction == "mean" else self.reduced(correct.long(), reduction)
         return self.reduced(loss, reduction), self.reduced(nll, reduction), counts
 
 
@@ -91,7 +91,7 @@ def prepare(
         _check_values(target, ignore_index, V)
     on_target, on_other = _smoothed(label_smoothing, smoothing, V)
     options = (ignore_index, -1 if pad_index is None else pad_index, on_target, on_other)
-    return Labels(target, (target != ignore_index).sum(), options)
+    return Labels(target, (target != ignore_index).sum() if reduction == "mean" else None, options)
 
 
 def as_sequences(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,6 +147,11 @@ def _check(
 
 def _check_values(target: Tensor, ignore_index: int, V: int) -> None:
     """Raise for a target that is no class; only where looking at values costs nothing."""
+    if target.numel() == 0:
+        return
+    least, largest = target.aminmax()
+    if int(least) >= 0 and int(largest) < V:
+        return
     outside = ((target < 0) | (target >= V)) & (target != ignore_index)
     if outside.any():
         where = outside.nonzero()[0].tolist()

@@ -188,7 +188,7 @@ def _check(input: Tensor) -> None:
         raise TypeError(f"input has the dtype {input.dtype}; {rule}: convert it")
 
 
-def _grad_scale(reduction: str, count: Tensor, inplace: bool, input: Tensor) -> Tensor | None:
+def _grad_scale(reduction: str, count: Tensor | None, inplace: bool, input: Tensor) -> Tensor | None:
     """Return the upstream gradient that a row's loss is going to have if nothing else scales the loss.
 
     None where there is no telling; the gradient is then made in the backward pass, but for ``inplace``.
@@ -196,5 +196,7 @@ def _grad_scale(reduction: str, count: Tensor, inplace: bool, input: Tensor) -> 
     if torch.compiler.is_compiling() or (reduction in ("none", "sequence") and not inplace):
         return None
     dtype = input.dtype if input.dtype == torch.float64 else torch.float32
-    one = torch.ones((), dtype=dtype, device=input.device)
-    return one / count if reduction == "mean" else one
+    if count is None:
+        return torch.ones((), dtype=dtype, device=input.device)
+    # the reciprocal of an integer has the default dtype
+    return (count if dtype == torch.get_default_dtype() else count.to(dtype)).reciprocal()
