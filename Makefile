@@ -128,7 +128,8 @@ gpu:
 			echo "make gpu: Triton's kernels alone: nvcc, cmake, ninja and pybind11 make the compiled ones" >&2; \
 		fi; \
 		$(PYTHON) -m pytest tests -m cuda && $(GPU_BENCH) && \
-			if [ "$$compiled" ]; then $(GPU_BENCH) --backend cuda; fi; \
+			if [ "$$compiled" ]; then $(GPU_BENCH) --backend cuda && \
+				$(PYTHON) -m benchmarks.overhead benchmarks/results; fi; \
 	fi
 
 # The whole task of CS224N's assignment 5 on its files in DATA, with the interpreter as it is, as for gpu: make

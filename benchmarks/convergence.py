@@ -24,7 +24,6 @@ those with the same names:
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import shlex
@@ -44,12 +43,10 @@ from torch import Tensor
 
 from nlpfast.data.birthplaces_files import invented
 from nlpfast.data.invented_sentences import write_invented
-from nlpfast.files import replacing
 from nlpfast.train.schedule import learning_rate_multiplier
 from nlpfast.train.translation_data import write_invented_pairs
 
-from .measure import machine_facts
-from .report import slug
+from . import sections
 from .training_steps import DOCUMENTS, DROPOUT, EAGER, FEW, OURS, Pretraining, PretrainingStep, documents
 
 __all__ = ["MODELS", "TRAINERS", "beside_eager", "curves", "main", "prepare", "row"]
@@ -294,14 +291,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for found in _rows(names, seeds, args.steps):
         print(found, file=sys.stderr, flush=True)
         rows.append(found)
-    machine = machine_facts("cpu")
-    path = args.folder / f"{slug(machine['machine'])}.json"
-    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {**machine, "ops": {}}
-    kept = [old for old in data.get("convergence", {}).get("rows", ()) if old["name"] not in names]
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    data["convergence"] = {"date": date, "rows": [*kept, *rows]}
-    with replacing(path) as file:
-        file.write((json.dumps(data, indent=2) + "\n").encode())
+    sections.change(
+        *(args.folder, "cpu", "convergence"),
+        lambda old: [*(row for row in old if row["name"] not in names), *rows],
+    )
 
 
 def _rows(names: Sequence[str], seeds: Sequence[int], steps: int) -> Iterator[dict[str, Any]]:

@@ -81,6 +81,11 @@ means over the seeds and 20 steps. A dash: the seeds have one loss, or each drop
 definition that rounds otherwise computes by other instructions; beside itself eager code has other random
 numbers: what is as near as that is not to be told from it."""
 
+OVERHEAD_HEADINGS = ("operation", "us", "goal")
+OVERHEAD_LEGEND = """\
+Microseconds until a call from Python returns, minimum / median of rounds: checks, outputs and the launch, but
+not the kernel, which is over before the next."""
+
 GPU_LEGEND = """\
 A step is a forward and a backward pass, each timed as replays of a CUDA graph over several copies of the
 inputs, which together exceed the cache; a star marks what could not be captured and was launched from Python.
@@ -169,6 +174,20 @@ def convergence(result: Result, reasons: Sequence[tuple[str, str]] = ()) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def overhead(result: Result) -> str:
+    """Return the section on what a call of the compiled operations takes.
+
+    Args:
+        result: of a results file.
+    """
+    rows = [OVERHEAD_HEADINGS]
+    for row in result["rows"]:
+        us, goal = row["us"], row["goal"]
+        words = "-" if goal is None else f"<= {goal:g} {'met' if us['median'] <= goal else 'MISSED'}"
+        rows.append((row["name"], f"{us['min']:.1f} / {us['median']:.1f}", words))
+    return "\n\n".join((f"## overhead: {result['date']}", OVERHEAD_LEGEND, markdown(rows)))
+
+
 def table(result: Result) -> str:
     """Lay out the rows of one op as a Markdown table, padded so that it also reads well on a terminal."""
     rows = result["rows"]
@@ -227,6 +246,8 @@ def page(files: Sequence[Path], reasons: Mapping[str, Mapping[str, Sequence[tupl
         parts += [f"![{p.stem}](results/{p.name})" for p in pictures if p.is_file()]
         known = reasons.get(path.stem, {})
         parts += [section(op, result, known.get(op, ())) for op, result in data["ops"].items()]
+        if "overhead" in data:
+            parts.append(overhead(data["overhead"]))
         if "convergence" in data:
             parts.append(convergence(data["convergence"], known.get("convergence", ())))
     return "\n\n".join(parts) + "\n"

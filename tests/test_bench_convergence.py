@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import convergence, training_steps
+from benchmarks import convergence, sections, training_steps
 from nlpfast import dispatch
 from nlpfast.cli import main
 
@@ -157,7 +157,7 @@ def test_rows_are_added_to_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(convergence, "prepare", lambda folder: None)
     monkeypatch.setattr(convergence, "curves", curves)
     facts = {"machine": {"cpu": "a", "cores": "2"}, "versions": {}, "native": {}}
-    monkeypatch.setattr(convergence, "machine_facts", lambda device: facts)
+    monkeypatch.setattr(sections, "machine_facts", lambda device: facts)
     (tmp_path / "a-2-cores.json").write_text(json.dumps({**facts, "ops": {"x": 1}}))
     words = ["--seeds", "2", "--steps", "8", "--only"]
     for name in ("mrt", "dual"):

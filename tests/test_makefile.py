@@ -55,6 +55,7 @@ def make_gpu(folder: Path, **answers: str) -> tuple[subprocess.CompletedProcess[
 
 
 BENCH = "-m nlpfast bench --quick --device cuda --output benchmarks/results"
+OVERHEAD = "-m benchmarks.overhead benchmarks/results"
 TESTS = "-m pytest tests -m cuda"
 
 
@@ -65,7 +66,7 @@ def test_the_library_then_tests_then_results_of_either_kernels(tmp_path: Path) -
     assert configure.startswith("-m cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE=")
     assert configure.endswith("/python -DNLPFAST_CUDA_ARCHITECTURES=90a")
     library = ["-m cmake --build build/gpu", "-m cmake --install build/gpu --prefix nlpfast"]
-    assert rest == [*library, TESTS, BENCH, f"{BENCH} --backend cuda"]
+    assert rest == [*library, TESTS, BENCH, f"{BENCH} --backend cuda", OVERHEAD]
 
 
 def test_what_does_not_build_is_an_error(tmp_path: Path) -> None:

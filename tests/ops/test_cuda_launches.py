@@ -8,6 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from benchmarks import overhead
+
 EMULATED = True
 LIBRARY = os.environ.get("EMULATED_CUDA")
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="make test-cuda emulates a device")
@@ -126,3 +128,9 @@ def test_alignment_has_a_warp_a_pair_and_a_block_an_entry() -> None:
     assert group.grid == (B, 1, 1) and group.shared == (L + S + group.threads // 32) * 4
     (largest,) = launches(lambda: torch.ops.nlpfast.cuda_hard_alignment(q, k, lse, None, [0], 1.0))
     assert largest.grid == (-(-B // 4), 1, 1)
+
+
+def test_operations_whose_calls_are_timed_are_a_launch_each() -> None:
+    calls = overhead.operations("cpu")
+    found = {name: len(launches(call)) for name, call in calls.items()}
+    assert found == {name: 0 if name.startswith(overhead.PYTORCH) else 1 for name in calls}
