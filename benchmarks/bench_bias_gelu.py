@@ -1,7 +1,8 @@
 """Bias and GELU between two linear layers, forward and backward, against PyTorch's operations.
 
 Shapes are (N, C): rows and channels. `copy` moves the bytes that a step must: x and the output forward, x and
-both gradients backward. PyTorch keeps the sum for its backward pass, ours what the linear layer gave.
+both gradients backward; on a GPU all of it counts as a forward pass. PyTorch keeps the sum for its backward
+pass, ours what the linear layer gave.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from torch import Tensor
 import nlpfast
 from nlpfast import dispatch
 
+from .compiled import unavailable
 from .measure import Settings, check_errors
+
+__all__ = ["unavailable"]
 
 OP = "bias_gelu"
 OURS = "nlpfast"
-EAGER, COPY = "eager", "copy"
+EAGER, COMPILED, COPY = "eager", "compile", "copy"
 # The strongest rival first: the quick run has time for one.
 PEERS = (EAGER, COPY)
+CUDA_PEERS = (COMPILED, EAGER, COPY)
+CUDA_QUICK_PEERS = 3
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ CASES = (
     Case((4096, 3072)),
     Case((4096, 3072), torch.bfloat16),
 )
+CUDA_CASES = (
+    Case((32768, 1024), torch.bfloat16, quick=True),
+    Case((32768, 1024), torch.bfloat16, dropout_p=0.1),
+    Case((16384, 3072), torch.bfloat16),
+)
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -80,33 +91,50 @@ def flops(case: Case) -> float:
     return 60.0 * N * C
 
 
-def unavailable(implementation: str) -> str | None:
-    """Return None: everything runs everywhere."""
+def traffic(case: Case) -> tuple[int, int]:
+    """Return the bytes that a forward and a backward pass must move at the least.
+
+    Forward: x in, the result out. Backward: the upstream gradient and x in, the gradient of x out.
+    """
+    N, C = case.shape
+    return 2 * N * C * case.dtype.itemsize, 3 * N * C * case.dtype.itemsize
+
+
+def unserved(case: Case, implementation: str) -> str | None:
+    """Return None: every implementation serves every case."""
     return None
 
 
 def chosen(case: Case, settings: Settings) -> str:
     """Return the name of the backend that serves ours."""
-    module = dispatch.choose(OP, "cpu", settings.backend, (torch.empty(1, 8, dtype=case.dtype),))
-    return module.__name__.rpartition(".")[2]
+    x = torch.empty(1, 8, dtype=case.dtype, device=settings.device)
+    return dispatch.choose(OP, x.device.type, settings.backend, (x,)).__name__.rpartition(".")[2]
 
 
 class Step:
     """An implementation on inputs of its own."""
 
     def __init__(self, case: Case, implementation: str, settings: Settings) -> None:
-        self.tensors, self.upstream = _inputs(case, implementation)
+        self.tensors, self.upstream = _inputs(case, implementation, settings.device)
         self.function = _function(case, implementation, case.dropout_p, settings.backend)
         N, C = case.shape
         # two tensors there and three back
         nbytes = 5 * N * C * case.dtype.itemsize
-        self.bytes = torch.empty(2, nbytes // 2, dtype=torch.uint8) if implementation == COPY else None
+        self.bytes = None
+        if implementation == COPY:
+            self.bytes = torch.empty(2, nbytes // 2, dtype=torch.uint8, device=settings.device)
+
+    def forward(self) -> Tensor:
+        """Return the result, or the copy."""
+        return self.function(*self.tensors) if self.bytes is None else self.bytes[0].copy_(self.bytes[1])
+
+    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of x and bias, which for the copy are there."""
+        return (out,) if self.bytes is not None else torch.autograd.grad(out, self.tensors, self.upstream)
 
     def step(self) -> tuple[Tensor, ...]:
-        """Return the gradients of x and bias."""
-        if self.bytes is not None:
-            return (self.bytes[0].copy_(self.bytes[1]),)
-        return torch.autograd.grad(self.function(*self.tensors), self.tensors, self.upstream)
+        """Run once."""
+        return self.backward(self.forward())
 
 
 def passes(case: Case, implementation: str, settings: Settings, copies: int) -> list[Any]:
@@ -116,7 +144,7 @@ def passes(case: Case, implementation: str, settings: Settings, copies: int) -> 
 
 def errors(case: Case, implementations: Sequence[str], settings: Settings) -> dict[str, dict[str, float]]:
     """Return the largest errors of result and gradients against float64, without dropout."""
-    tensors, upstream = _inputs(case, OURS)
+    tensors, upstream = _inputs(case, OURS, settings.device)
     wide = tuple(x.detach().double().requires_grad_() for x in tensors)
     exact = _results(_function(case, EAGER, 0.0, None), wide, upstream.double())
     found = {}
@@ -124,7 +152,7 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
         if name == COPY:
             found[name] = dict.fromkeys(exact, 0.0)
             continue
-        tensors, upstream = _inputs(case, name)
+        tensors, upstream = _inputs(case, name, settings.device)
         results = _results(_function(case, name, 0.0, settings.backend), tensors, upstream)
         found[name] = {key: (x.double() - exact[key]).abs().max().item() for key, x in results.items()}
     if OURS in found:
@@ -132,13 +160,13 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
     return {name: found[name] for name in found if name in implementations}
 
 
-def _inputs(case: Case, implementation: str) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _inputs(case: Case, implementation: str, device: str) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Return x and bias, and the upstream gradient."""
     generator = torch.Generator().manual_seed(0)
     N, C = case.shape
-    x, upstream = (torch.randn(N, C, generator=generator).to(case.dtype) for _ in range(2))
+    x, upstream = (torch.randn(N, C, generator=generator).to(device, case.dtype) for _ in range(2))
     # rounded for all alike
-    bias = torch.randn(C, generator=generator).to(case.dtype)
+    bias = torch.randn(C, generator=generator).to(device, case.dtype)
     bias = bias.float() if implementation == OURS else bias
     return (x.requires_grad_(), bias.requires_grad_()), upstream
 
@@ -157,4 +185,8 @@ def _function(case: Case, implementation: str, dropout_p: float, backend: str | 
         out = F.gelu(x + bias, approximate=case.approximate)
         return F.dropout(out, dropout_p) if dropout_p else out
 
+    if implementation == COMPILED:
+        # otherwise the functions of many cases share one cache, which is limited
+        torch.compiler.reset()
+        return torch.compile(eager, fullgraph=True, dynamic=False)
     return ours if implementation == OURS else eager

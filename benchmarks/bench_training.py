@@ -7,6 +7,10 @@ computes attention with all scores in memory, the model "sdpa" has PyTorch's att
 "compile" is the latter compiled. All but "eager float32" have the case's precision, bfloat16 by autocast.
 
 The step of a block is forward and backward with respect to its input and its parameters.
+
+On a GPU a pretraining step is timed twice: as the replay of a CUDA graph, and as Python launches it. There
+the model "joined" has sums, norms, activations and dropout as one operation, as on CPUs: where it is faster,
+`nlpfast.nn.joined` is to have it by default.
 """
 
 from __future__ import annotations
@@ -22,9 +26,21 @@ from nlpfast import dispatch
 
 from . import training_steps as steps
 from .compiled import unavailable
+from .gpu import StepTimer
 from .measure import Settings, check_errors
 from .process_memory import megabytes_in_a_process, megabytes_of
-from .training_steps import EAGER, OURS, PEERS, Block, Case, Pretraining, PretrainingStep, Step, step_of
+from .training_steps import (
+    EAGER,
+    JOINED,
+    OURS,
+    PEERS,
+    Block,
+    Case,
+    Pretraining,
+    PretrainingStep,
+    Step,
+    step_of,
+)
 
 __all__ = ["OURS", "PEERS", "unavailable"]
 
@@ -42,6 +58,20 @@ CASES: tuple[Case, ...] = (
     ),
     Block(1024, 64, goal=10.0, quick=True),
     *(Block(tokens, m) for tokens, m in ((1024, 32), (512, 64), (512, 32), (128, 64), (128, 32))),
+)
+
+CUDA_PEERS = ("eager", "sdpa", "compile", JOINED)
+CUDA_QUICK_PEERS = 4
+CUDA_TIMER = StepTimer
+CUDA_GOALS = {"eager": 2.0, "compile": 1.3}
+CUDA_CASES: tuple[Pretraining, ...] = tuple(
+    Pretraining(
+        *(model, torch.bfloat16, None, few),
+        quick=model == "vanilla" and not few,
+        goals=CUDA_GOALS if model == "vanilla" and not few else {},
+        memory_peer="eager",
+    )
+    for model, few in (("vanilla", False), ("perceiver", False), ("vanilla", True))
 )
 
 
@@ -79,16 +109,21 @@ def _down(k: Tensor) -> Tensor:
 
 def chosen(case: Case, settings: Settings) -> str:
     """Return the name of the backend that serves attention."""
-    packed = isinstance(case, Pretraining)
-    x = torch.empty(*((1, 1) if packed else (1, 1, 1)), 8, dtype=case.dtype)
-    ends = torch.zeros(2, dtype=torch.int64)
+    packed, device = isinstance(case, Pretraining), torch.device(settings.device)
+    x = torch.empty(*((1, 1) if packed else (1, 1, 1)), 8, dtype=case.dtype, device=device)
+    ends = torch.zeros(2, dtype=torch.int64, device=device)
     op, further = ("varlen_attention", (ends, ends, 1)) if packed else ("attention", (None, None, None))
-    return dispatch.choose(op, "cpu", None, (x, x, x, *further)).__name__.rpartition(".")[2]
+    return dispatch.choose(op, device.type, None, (x, x, x, *further)).__name__.rpartition(".")[2]
+
+
+def unserved(case: Case, implementation: str) -> str | None:
+    """Return why an implementation does not serve a case on a GPU, or None."""
+    return None
 
 
 def passes(case: Case, implementation: str, settings: Settings, copies: int) -> list[Step]:
     """Return an implementation's step, on some copies."""
-    return [step_of(case, implementation, steps.DROPOUT) for _ in range(copies)]
+    return [step_of(case, implementation, steps.DROPOUT, device=settings.device) for _ in range(copies)]
 
 
 def errors(case: Case, implementations: Sequence[str], settings: Settings) -> dict[str, dict[str, float]]:
@@ -97,11 +132,11 @@ def errors(case: Case, implementations: Sequence[str], settings: Settings) -> di
     Of a model they are those of the loss and of all gradients, of `COMPARED` documents; of a block those of
     its output and gradients. "compile" stands for itself before it is compiled, which takes a minute.
     """
-    baseline = "eager" if case.dtype == torch.bfloat16 else EAGER
-    exact = step_of(case, EAGER, 0.0, torch.float64).results()
+    baseline, device = "eager" if case.dtype == torch.bfloat16 else EAGER, settings.device
+    exact = step_of(case, EAGER, 0.0, torch.float64, device).results()
     found = {}
     for name in dict.fromkeys((baseline, *implementations)):
-        results = step_of(case, "sdpa" if name == "compile" else name, 0.0).results()
+        results = step_of(case, "sdpa" if name == "compile" else name, 0.0, device=device).results()
         found[name] = {part: distance(results[part], values) for part, values in exact.items()}
     return checked(case.name, found, baseline, implementations)
 

@@ -26,6 +26,8 @@ Step = Callable[[], object]
 TRITON = "triton"
 MIN_COPIES = 4
 WARMUP_STEPS = 3
+# That Python launches without waiting for the GPU, as in training.
+STEPS_IN_A_ROW = 5
 # A peer whose errors are more than so many times ours computes something else, and is no rival.
 MAX_PEER_ERROR = 20
 
@@ -68,6 +70,13 @@ class Times(NamedTuple):
     def step(self) -> float:
         """Forward and backward, without the time that Python takes."""
         return self.forward + self.backward
+
+
+class StepTimes(NamedTuple):
+    """Seconds of a training step in one round, as the replay of a graph, and as Python launches it."""
+
+    step: float
+    launched: float
 
 
 class Gpu:
@@ -132,7 +141,7 @@ class Gpu:
 
 def timers_of(
     bench: ModuleType, case: Any, names: Sequence[str], settings: Any, gpu: Any
-) -> tuple[dict[str, Timer], dict[str, dict[str, float]], list[str]]:
+) -> tuple[dict[str, Any], dict[str, dict[str, float]], list[str]]:
     """Check every implementation of a case and make it ready to be timed.
 
     Args:
@@ -156,7 +165,9 @@ def timers_of(
             bench.chosen(case, settings)
         except RuntimeError as error:
             return {}, {}, [f"{case.name}: left out: {error}"]
-    copies = copies_of(bench.traffic(case)[0], gpu)
+    kind = getattr(bench, "CUDA_TIMER", Timer)
+    # a step goes over weights, gradients and all that is between: more than a cache
+    copies = 1 if kind is StepTimer else copies_of(bench.traffic(case)[0], gpu)
     for name in names:
         given = replace(settings, backend=TRITON) if name == TRITON else settings
         asked = bench.OURS if name == TRITON else name
@@ -168,7 +179,7 @@ def timers_of(
                     errors[name] = bench.errors(case, [asked], given)[asked]
                     reason = _disagreement(errors[bench.OURS], errors[name])
                 if reason is None:
-                    timers[name] = Timer(bench.passes(case, asked, given, copies), gpu)
+                    timers[name] = kind(bench.passes(case, asked, given, copies), gpu)
             # Whatever a peer fails with, the others can be measured.
             except Exception as error:
                 if name == bench.OURS and not isinstance(error, torch.OutOfMemoryError):
@@ -235,11 +246,48 @@ class Timer:
         self.grads = [each.backward(out) for each, out in pairs]
 
 
+class StepTimer:
+    """A training step ready to be timed.
+
+    Attributes:
+        memory: bytes that it takes at most beyond model, optimizer and batch.
+        refusal: why it could not be captured, or None; both times are then of its launches.
+    """
+
+    def __init__(self, steps: Sequence[Any], gpu: Any) -> None:
+        """Warm up, and capture.
+
+        Args:
+            steps: one, whose `step` trains.
+            gpu: a `Gpu`.
+        """
+        [self.each], self.gpu = steps, gpu
+        self.memory = gpu.warm_up(self.each.step)
+        self.refusal: str | None = None
+        self.replay: Step = self.each.step
+        try:
+            [self.replay] = gpu.capture([self.each.step])
+        except RuntimeError as error:
+            self.refusal = _reason(error)
+
+    def times(self) -> StepTimes:
+        """Return the seconds of a step, in a graph, and the mean of some that Python launches."""
+        step = self.gpu.seconds_of(self.replay)
+        self.gpu.synchronize()
+        start = time.perf_counter()
+        for _ in range(STEPS_IN_A_ROW):
+            self.each.step()
+        self.gpu.synchronize()
+        return StepTimes(step, (time.perf_counter() - start) / STEPS_IN_A_ROW)
+
+
 def _disagreement(ours: dict[str, float], peer: dict[str, float]) -> str | None:
     """Return why a peer does not compute what ours do, or None."""
+    # a single number of ours, such as a loss, may be right by luck
+    limit = MAX_PEER_ERROR * max(ours.values()) + 1e-6
     for tensor, error in peer.items():
         # a NaN is not within any limit
-        if not error <= MAX_PEER_ERROR * ours[tensor] + 1e-6:
+        if not error <= limit:
             return f"it computes something else: {tensor} has error {error:.1e}, ours {ours[tensor]:.1e}"
     return None
 

@@ -18,7 +18,8 @@ A benchmark module (`bench_<op>.py`) offers the names `OP`, `CASES`, `OURS`, `PE
 On a GPU its cases are `CUDA_CASES`, their `goal` and `backward_goal` being against the fastest backend of
 `sdpa`; the peers are `CUDA_PEERS`, for a quick run the first `CUDA_QUICK_PEERS`; and it also offers
 
-- `traffic(case)`: the bytes that a forward and a backward pass must move at the least;
+- `traffic(case)`: the bytes that a forward and a backward pass must move at the least; or, for whole training
+  steps, `CUDA_TIMER`, which is `gpu.StepTimer`;
 - `unserved(case, implementation)`: None, or why an implementation does not serve a case.
 
 `run` does the rest for every op.
@@ -27,7 +28,6 @@ On a GPU its cases are `CUDA_CASES`, their `goal` and `backward_goal` being agai
 from __future__ import annotations
 
 import datetime
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,8 @@ import torch
 
 from nlpfast.cli import info
 
-from .gpu import TRITON, Gpu, Step, Timer, Times, timers_of
+from .gpu import TRITON, Gpu, Step, timers_of
+from .rows import of_passes, of_rounds, of_steps
 
 T = TypeVar("T")
 Result = dict[str, Any]
@@ -233,47 +234,12 @@ def _measure_case(
     steps = {name: bench.passes(case, name, settings, 1)[0].step for name in names}
     seconds = SECONDS_PER_STEP["quick" if settings.quick else "full"] * len(steps)
     times = interleave(steps, seconds, getattr(case, "rounds", None))
-    rows = _rows(bench, case, settings, rates, times, errors)
+    rows = of_rounds(bench, case, settings, rates, times, errors)
     if hasattr(bench, "memory") and torch.get_num_threads() == 1 and not settings.quick:
         megabytes = {name: bench.memory(case, name) for name in names}
         for row in rows:
             row["memory_mb"] = {"peer": megabytes[row["peer"]], "ours": megabytes[bench.OURS]}
     return rows
-
-
-def _rows(
-    bench: ModuleType,
-    case: Any,
-    settings: Settings,
-    rates: Result,
-    times: Mapping[str, Sequence[float]],
-    errors: Mapping[str, Mapping[str, float]],
-) -> list[Result]:
-    """Return a row for each peer that was timed."""
-    ours, backend = times[bench.OURS], bench.chosen(case, settings)
-    description = bench.describe(case)
-    rate = bench.flops(case) / min(ours) / 1e9
-    gemm = rates["gemm_gflops" if description["dtype"] == "float32" else "gemm_16_gflops"]
-    peers = [name for name in times if name != bench.OURS]
-    fastest = min(peers, key=lambda name: min(times[name]), default=None)
-    return [
-        {
-            **description,
-            "threads": torch.get_num_threads(),
-            "backend": backend,
-            "peer": peer,
-            "goal_peer": bench.PEERS[0],
-            "best_peer": fastest,
-            "rounds": len(ours),
-            "ours_ms": _milliseconds(ours),
-            "peer_ms": _milliseconds(times[peer]),
-            **_ratios("ratio", ours, times[peer]),
-            "gemm_share": round(rate / gemm, 3),
-            "ours_error": errors[bench.OURS],
-            "peer_error": errors[peer],
-        }
-        for peer in peers
-    ]
 
 
 def _measure_on_gpu(
@@ -292,56 +258,8 @@ def _measure_on_gpu(
         return []
     seconds = CUDA_SECONDS_PER_STEP["quick" if settings.quick else "full"] * len(timers)
     times = take_turns({name: timer.times for name, timer in timers.items()}, seconds)
-    steps = {name: [each.step for each in rounds] for name, rounds in times.items()}
-    return [
-        {**row, **_columns(bench, case, row["peer"], times, timers, rates)}
-        for row in _rows(bench, case, settings, rates, steps, errors)
-    ]
-
-
-def _columns(
-    bench: ModuleType,
-    case: Any,
-    peer: str,
-    times: Mapping[str, Sequence[Times]],
-    timers: Mapping[str, Timer],
-    rates: Result,
-) -> Result:
-    """Return what a row has only on a GPU: the passes apart, Python's part, bytes in a second, memory."""
-    pair = {"ours": bench.OURS, "peer": peer}
-    found: Result = {
-        "goal_peer": _fastest_sdpa(times, "step"),
-        "backward_peer": _fastest_sdpa(times, "backward"),
-        "copies": len(timers[peer].passes),
-        "captured": {who: timers[name].refusal is None for who, name in pair.items()},
-        "memory_mb": {who: round(timers[name].memory / 1e6, 1) for who, name in pair.items()},
-    }
-    for part in ("forward", "backward", "latency"):
-        each = {who: [getattr(x, part) for x in times[name]] for who, name in pair.items()}
-        found[f"{part}_ms"] = {who: _milliseconds(seconds) for who, seconds in each.items()}
-        found |= _ratios(f"{part}_ratio", each["ours"], each["peer"])
-    for part, nbytes in zip(("forward", "backward"), bench.traffic(case), strict=True):
-        rate = nbytes / found[f"{part}_ms"]["ours"]["median"] / 1e6
-        found[f"{part}_gbytes"] = round(rate, 1)
-        found[f"{part}_copy_share"] = round(rate / rates["copy_gbytes"], 3)
-    return found
-
-
-def _fastest_sdpa(times: Mapping[str, Sequence[Times]], part: str) -> str | None:
-    """Return the fastest of PyTorch's backends, which the goals are against."""
-    best = {name: min(getattr(x, part) for x in times[name]) for name in times if name.startswith("sdpa")}
-    return min(best, key=best.__getitem__, default=None)
-
-
-def _milliseconds(times: Sequence[float]) -> dict[str, float]:
-    return {"min": round(min(times) * 1e3, 4), "median": round(statistics.median(times) * 1e3, 4)}
-
-
-def _ratios(name: str, ours: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
-    return {
-        f"{name}_of_minima": round(min(peer) / min(ours), 3),
-        f"{name}_of_medians": round(statistics.median(peer) / statistics.median(ours), 3),
-    }
+    of_kind = of_steps if hasattr(bench, "CUDA_TIMER") else of_passes
+    return of_kind(bench, case, settings, rates, times, timers, errors)
 
 
 def _timed(step: Step) -> float:

@@ -18,11 +18,14 @@ from nlpfast.data import birthplaces
 from nlpfast.data.biographies import biographies
 from nlpfast.models.gpt import GPT, GPTConfig
 from nlpfast.models.perceiver import DownProjectBlock
+from nlpfast.nn.joined import joined_on
 from nlpfast.nn.packing import Packing
 
 from . import originals
 
 OURS = "nlpfast"
+# With operations joined also where modules leave them to PyTorch, as on GPUs.
+JOINED = "nlpfast, joined"
 # What the goals are against.
 EAGER = "eager float32"
 PEERS = (EAGER, "eager", "sdpa", "compile")
@@ -43,7 +46,7 @@ class Pretraining:
     Attributes:
         model: vanilla or perceiver.
         dtype: float32, or bfloat16 by autocast.
-        goal: how many times faster than "eager float32" ours must be.
+        goal: how many times faster than "eager float32" ours must be; None where that is no peer.
         goals: as `goal`, against other peers.
         memory_goal: the share of the memory of `memory_peer` that ours may take.
         few: a batch of `FEW` documents instead of `DOCUMENTS`.
@@ -52,7 +55,7 @@ class Pretraining:
 
     model: str
     dtype: torch.dtype
-    goal: float
+    goal: float | None
     few: bool = False
     quick: bool = False
     best_goal: None = None
@@ -128,10 +131,17 @@ def unpadded(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(x[:n], y[:n]) for (x, y), n in zip(documents(count), ends, strict=True)]
 
 
-def step_of(case: Case, implementation: str, dropout: float, dtype: torch.dtype = torch.float32) -> Step:
+def step_of(
+    case: Case,
+    implementation: str,
+    dropout: float,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Step:
     """Return an implementation's step of a case; `dropout` is of everything, `dtype` of the parameters."""
-    kind = PretrainingStep if isinstance(case, Pretraining) else _BlockStep
-    return kind(case, implementation, dropout, dtype)
+    if isinstance(case, Pretraining):
+        return PretrainingStep(case, implementation, dropout, dtype, device=device)
+    return _BlockStep(case, implementation, dropout, dtype)
 
 
 class PretrainingStep:
@@ -149,46 +159,55 @@ class PretrainingStep:
         dropout: float,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         """Build the model, the same for every implementation, and read the first documents.
 
         Args:
             case: what is trained; without dropout its batch is of `COMPARED` documents.
-            implementation: OURS, or one of `PEERS`.
+            implementation: OURS, JOINED, or one of `PEERS`.
             dropout: of everything.
             dtype: of the parameters.
             seed: of the parameters.
+            device: where it trains.
         """
         torch.manual_seed(seed)
+        self.device = torch.device(device)
         fused = implementation in ("sdpa", "compile")
         config = _config(LATENTS, T, dropout, perceiver=case.model == "perceiver", fused=fused)
         eager = originals.GPT(config)
         self.model: nn.Module = eager
-        if implementation == OURS:
+        on_gpu = self.device.type != "cpu"
+        if implementation in (OURS, JOINED):
             ours = GPT(config)
             ours.load_state_dict(eager.state_dict())
-            self.model, self.optimizer = ours, ours.configure_optimizers(OPTIMIZER)
+            self.model = ours.to(self.device, dtype)
+            self.optimizer = ours.configure_optimizers(OPTIMIZER)
         else:
-            groups = eager.parameter_groups(OPTIMIZER.weight_decay)
-            self.optimizer = torch.optim.AdamW(groups, OPTIMIZER.learning_rate, OPTIMIZER.betas)
-        self.model.to(dtype)
+            groups = eager.to(self.device, dtype).parameter_groups(OPTIMIZER.weight_decay)
+            # as the assignment has it, but that the strongest peers on a GPU have the fastest
+            fast = True if fused and on_gpu else None
+            self.optimizer = torch.optim.AdamW(groups, OPTIMIZER.learning_rate, OPTIMIZER.betas, fused=fast)
+        for group in self.optimizer.param_groups:
+            group["capturable"] = on_gpu
+        self.joined = implementation == JOINED
         self.half = case.dtype == torch.bfloat16 and implementation != EAGER
         self.forward = self.model
         if implementation == "compile":
             # or the functions of many cases share one cache, which is limited
             torch.compiler.reset()
             self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
-        self.ours = implementation == OURS
         self.read(documents(case.documents if dropout else COMPARED))
 
     def read(self, items: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Take other documents, tokens and targets padded to the block, for the steps that follow."""
         self.options: dict[str, Any] = {}
-        if self.ours:
-            *self.batch, ends, longest = birthplaces.packed(items)
-            self.options = {"return_logits": False, "packing": Packing(ends, longest)}
+        if isinstance(self.model, GPT):
+            *batch, ends, longest = birthplaces.packed(items)
+            self.options = {"return_logits": False, "packing": Packing(ends.to(self.device), longest)}
         else:
-            self.batch = [torch.stack(part) for part in zip(*items, strict=True)]
+            batch = [torch.stack(part) for part in zip(*items, strict=True)]
+        self.batch = [part.to(self.device) for part in batch]
 
     def step(self) -> Tensor:
         """Train on the batch, and return the loss before the step."""
@@ -200,7 +219,11 @@ class PretrainingStep:
     def backward(self) -> Tensor:
         """Compute the gradients, and return the loss."""
         self.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16) if self.half else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.half:
+                stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+            if self.joined:
+                stack.enter_context(joined_on(self.device.type))
             loss: Tensor = self.forward(*self.batch, **self.options)[1]
         loss.backward()
         return loss.detach()

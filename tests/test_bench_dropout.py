@@ -1,12 +1,16 @@
-"""The benchmarks of dropout, add_layer_norm and bias_gelu, at small sizes."""
+"""The benchmarks of dropout, add_layer_norm and bias_gelu, at small sizes; on a GPU that is none."""
+
+from types import ModuleType
 
 import pytest
 import torch
+from test_benchmarks import FakeGpu
 
 import nlpfast
 from benchmarks import bench_add_layer_norm as norms
 from benchmarks import bench_bias_gelu as gelus
 from benchmarks import bench_dropout as bench
+from benchmarks import measure
 from benchmarks.measure import Settings
 
 BOTH = [torch.float32, torch.bfloat16]
@@ -20,7 +24,7 @@ def test_dropout_has_small_errors(dtype: torch.dtype) -> None:
         assert errors.keys() == {"out", "dx"}
         assert max(errors.values()) < (0.05 if dtype == torch.bfloat16 else 1e-6), name
         (work,) = bench.passes(case, name, Settings(), 1)
-        assert [x.shape for x in work.step()] == [(60, 40)] * 2
+        assert [x.shape for x in work.step()] == [(60, 40)]
 
 
 @pytest.mark.parametrize("wrong", [lambda x, p, **k: x * 1.12, lambda x, p, **k: x * 0])
@@ -74,3 +78,21 @@ def test_wrong_gelus_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nlpfast, "bias_gelu", lambda *a, **k: 1.01 * right(*a, **k))
     with pytest.raises(RuntimeError, match=r"float32: out has error .* fix the kernel"):
         gelus.errors(gelus.Case((30, 40)), [gelus.OURS], Settings())
+
+
+@pytest.mark.parametrize(
+    ("module", "traffic"), [(bench, (2 * 9 * 24 * 2,) * 2), (gelus, (2 * 9 * 24 * 2, 3 * 9 * 24 * 2))]
+)
+def test_run_on_a_gpu(module: ModuleType, traffic: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "CUDA_SECONDS_PER_STEP", {"quick": 0.0, "full": 0.0})
+    rates = {"gemm_gflops": 100.0, "gemm_16_gflops": 200.0, "copy_gbytes": 10.0}
+    monkeypatch.setattr(measure, "machine_rates", lambda device: rates)
+    # compiling takes seconds
+    peers = (module.EAGER, module.COPY)
+    monkeypatch.setattr(module, "CUDA_PEERS", peers)
+    case = module.Case((9, 24), torch.bfloat16)
+    monkeypatch.setattr(module, "CUDA_CASES", (case,))
+    result = measure.run(module, Settings(), gpu=FakeGpu())
+    assert [row["peer"] for row in result["rows"]] == [*peers] and result["notes"] == []
+    assert module.traffic(case) == traffic
+    assert result["rows"][0]["backward_gbytes"] == round(traffic[1] / 2e-3 / 1e9, 1)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_benchmarks import FakeGpu
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_training as bench
-from benchmarks import measure, originals, report, training_steps
+from benchmarks import gpu, measure, originals, report, training_steps
 from benchmarks.measure import Settings
 from benchmarks.training_steps import Block, Case, Pretraining, PretrainingStep, documents, step_of, unpadded
 from nlpfast.data import birthplaces
@@ -88,6 +89,51 @@ def test_run_has_the_peers_and_the_rounds_of_each_case(monkeypatch: pytest.Monke
     assert "memory <= 60% met" in report.verdict(result["rows"][0])
     quick = measure.run(bench, Settings(quick=True, threads=(1,)))
     assert [(row["name"], row["peer"]) for row in quick["rows"]] == [found[0][:2], block[:2]]
+
+
+def test_steps_on_a_gpu_are_timed_in_graphs_and_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"gemm_gflops": 100.0, "gemm_16_gflops": 200.0, "copy_gbytes": 10.0}
+    monkeypatch.setattr(measure, "machine_rates", lambda device: rates)
+    monkeypatch.setattr(measure, "CUDA_SECONDS_PER_STEP", {"quick": 0.0, "full": 0.0})
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    result = measure.run(bench, Settings(quick=True), gpu=FakeGpu())
+    name, peers = "vanilla pretraining step bfloat16", ["eager", "sdpa", "compile", "nlpfast, joined"]
+    found = [(row["name"], row["peer"]) for row in result["rows"]]
+    assert found == [(each, peer) for each in (name, f"{name}, launched by Python") for peer in peers]
+    assert result["notes"] == []
+    first, *_, last, _ = result["rows"]
+    assert first["ours_ms"]["min"] == first["peer_ms"]["min"] == 6.0 != last["ours_ms"]["min"]
+    assert first["captured"] == {"ours": True, "peer": True} and first["memory_mb"]["ours"] == 2.0
+    assert report.verdict(first) == ">= 2 MISSED, memory <= 60% MISSED"
+    assert report.verdict(result["rows"][2]) == ">= 1.3 MISSED" and ">= 1.3" in report.verdict(last)
+    assert name in report.section("training", result)
+
+
+def test_all_models_are_timed_on_a_gpu_and_one_has_goals() -> None:
+    goals = {case.name: (case.goals, case.quick) for case in bench.CUDA_CASES}
+    assert goals == {
+        "vanilla pretraining step bfloat16": ({"eager": 2.0, "compile": 1.3}, True),
+        "perceiver pretraining step bfloat16": ({}, False),
+        "vanilla pretraining step bfloat16, 3 documents": ({}, False),
+    }
+    assert {"eager", "compile"} <= {*bench.CUDA_PEERS[: bench.CUDA_QUICK_PEERS]}
+    assert {case.memory_peer for case in bench.CUDA_CASES} == {"eager"}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [bench.OURS, training_steps.JOINED, *bench.CUDA_PEERS[:2]])
+def test_a_step_is_captured_on_a_gpu(name: str) -> None:
+    """What is replayed trains on as what is launched does."""
+    case = dataclasses.replace(bench.CUDA_CASES[0], goals={})
+    step, other = (PretrainingStep(case, name, 1e-9, device="cuda") for _ in range(2))
+    timer = gpu.StepTimer([step], gpu.Gpu("cuda"))
+    assert timer.refusal is None
+    timer.times()
+    # warming up is 4 steps, a graph is replayed twice, and capturing takes none
+    for _ in range(4 + 2 + gpu.STEPS_IN_A_ROW):
+        loss = other.step()
+    assert abs(step.step().item() / other.step().item() - 1) < 0.05 and bool(loss.isfinite())
 
 
 def test_goals_are_those_that_were_promised() -> None:

@@ -317,7 +317,12 @@ class FakeGpu:
             work()
         if self.refusal is not None:
             raise RuntimeError(self.refusal)
-        return [lambda: self.log.append("replay forward"), lambda: self.log.append("replay backward")]
+        parts = ("forward", "backward")[: len(works)]
+        return [lambda part=part: self.log.append(f"replay {part}") for part in parts]
+
+    def seconds_of(self, work: Callable[[], object]) -> float:
+        work()
+        return 0.006
 
     def seconds(self, works: Sequence[Callable[[], object]]) -> list[float]:
         for work in works:
@@ -376,6 +381,38 @@ def test_what_cannot_be_captured_is_launched() -> None:
     assert timer.times().step == 0.003
     assert len(calls.places) == 5
     assert [grads[0].tolist() for grads in timer.grads] == [[2.0] * 3] * 4
+
+
+class Training:
+    """A step that notes that it was taken."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def step(self) -> None:
+        self.log.append("step")
+
+
+def test_steps_are_replayed_and_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeGpu()
+    timer = gpu.StepTimer([Training(fake.log)], fake)
+    assert fake.log == ["warm up", "step", "capture", "step"]
+    assert (timer.memory, timer.refusal) == (2_000_000, None)
+    fake.log.clear()
+    clock = iter((1.0, 1.5))
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(clock))
+    assert timer.times() == gpu.StepTimes(0.006, 0.5 / gpu.STEPS_IN_A_ROW)
+    launched = ["step"] * gpu.STEPS_IN_A_ROW
+    assert fake.log == ["replay forward", "synchronize", *launched, "synchronize"]
+
+
+def test_a_step_that_cannot_be_captured_is_launched() -> None:
+    fake = FakeGpu(refusal="operation not permitted\nwhen capturing")
+    timer = gpu.StepTimer([Training(fake.log)], fake)
+    assert timer.refusal == "operation not permitted"
+    fake.log.clear()
+    assert timer.times().step == 0.006
+    assert fake.log[0] == "step"
 
 
 def test_reasons_are_lines() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from nlpfast.cli.options import UsageError
 from nlpfast.files import replacing
 
-# The benchmarks of whole models, besides those of the ops: they have no backend to name, and a CPU.
+# The benchmarks of whole models, besides those of the ops: they have no backend to name.
 MODELS = ("modules", "training", "bert", "translation", "dual")
 
 
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "op",
         nargs="?",
         choices=[*ops(), *MODELS],
-        help="the op to measure; or on a CPU modules, models before and after the switch, training, whole "
-        "steps against eager code, bert, those of a packed BERT against padding, translation, steps of a "
+        help="the op to measure; or training, whole steps against eager code; or on a CPU modules, models "
+        "before and after the switch, bert, steps of a packed BERT against padding, translation, those of a "
         "Transformer and its beam search, or dual, steps of two that teach each other (all)",
     )
     parser.add_argument(
@@ -76,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
         _check_output(path)
     device = str(resolve_device(args.device))
     names = _names(args.op, device, args.backend)
-    _check_backend(args.backend, names)
     measure, report = benchmark_module("measure"), benchmark_module("report")
     facts = measure.machine_facts(device)
     if path is not None and path.is_dir():
@@ -106,13 +105,23 @@ def ops() -> list[str]:
 
 
 def _names(asked: str | None, device: str, backend: str | None) -> list[str]:
-    """Return what to measure: on a GPU what has cases for one; models with the backend that they get."""
+    """Return what to measure: on a GPU what has cases for one; the ops that have the backend, or models."""
+    from nlpfast import dispatch
+
     names = [*ops(), *(MODELS if backend is None else ())]
     if device != "cpu":
         names = [name for name in names if hasattr(benchmark_module(f"bench_{name}"), "CUDA_CASES")]
     if asked and asked not in names:
         raise UsageError(f"{asked} is not measured with this --device or --backend: drop the option")
-    return [asked] if asked else names
+    names = [asked] if asked else names
+    if backend is None:
+        return names
+    with_it = [op for op, name, _ in dispatch.explain() if name == backend]
+    found = [op for op in names if op in with_it]
+    if not found:
+        known = dict.fromkeys(name for op, name, _ in dispatch.explain() if op in names)
+        raise UsageError(f"--backend {backend}: {asked or 'an op'} has {', '.join(known)}, give one of them")
+    return found
 
 
 def _kept(path: Path | None, facts: dict[str, Any]) -> dict[str, Any]:
@@ -137,16 +146,6 @@ def _check_output(path: Path) -> None:
         raise UsageError(f"--output {path}: the folder {folder} is read-only, name another")
     if path.exists() and path != folder and not path.is_file():
         raise UsageError(f"--output {path}: it is a device, name a file or a folder")
-
-
-def _check_backend(backend: str | None, names: list[str]) -> None:
-    """Raise if an op to be measured has no backend of that name, before anything is measured."""
-    from nlpfast import dispatch
-
-    for op in names:
-        known = [name for row_op, name, _ in dispatch.explain() if row_op == op]
-        if backend is not None and backend not in known:
-            raise UsageError(f"--backend {backend}: {op} has {', '.join(known)}, give one of them")
 
 
 def _threads(text: str) -> tuple[int, ...]:

@@ -6,10 +6,10 @@ PyTorch draws a number for each element, one after the other, and keeps which we
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nlpfast.nn.joined import joins
 from nlpfast.ops import dropout as op
 from nlpfast.ops.seeds import VALUES
 
@@ -34,7 +34,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p={p} must be a probability in [0, 1]; 0 turns dropout off")
     drops = training and 0 < round(p * VALUES) < VALUES
-    if not drops or x.device.type != "cpu" or not x.is_floating_point() or torch.compiler.is_compiling():
+    if not drops or not joins(x) or not x.is_floating_point():
         return F.dropout(x, p, training)
     return op.dropout(x, p)
 

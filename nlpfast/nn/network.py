@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nlpfast.nn.dropout import Dropout
 from nlpfast.nn.hooks import is_plain
+from nlpfast.nn.joined import joins
 from nlpfast.ops.bias_gelu import bias_gelu, bias_relu
 
 __all__ = ["Network", "linear_gelu", "linear_relu"]
@@ -45,8 +46,7 @@ def linear_relu(x: Tensor, linear: nn.Linear) -> Tensor:
 
 def _apart(x: Tensor, linear: nn.Linear) -> bool:
     """Return whether the linear layer and the activation are to do their own work."""
-    served = x.device.type == "cpu" and x.dtype != torch.float64 and not torch.compiler.is_compiling()
-    return not served or not is_plain(linear, nn.Linear)
+    return not joins(x) or x.dtype == torch.float64 or not is_plain(linear, nn.Linear)
 
 
 class Network(nn.Sequential):

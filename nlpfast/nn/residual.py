@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nlpfast.nn.hooks import is_plain
+from nlpfast.nn.joined import joins
 from nlpfast.ops.add_layer_norm import add_layer_norm
 from nlpfast.ops.seeds import VALUES
 
@@ -31,15 +32,13 @@ def add_norm(
             residual's.
     """
     p = dropout.p if dropout.training else 0.0
-    served = (
-        residual.device.type == "cpu" and not torch.compiler.is_compiling() and round(p * VALUES) < VALUES
-    )
-    if not served or not is_plain(norm, nn.LayerNorm):
+    if not joins(residual) or round(p * VALUES) >= VALUES or not is_plain(norm, nn.LayerNorm):
         total = residual + dropout(part)
         return norm(total), total
     out_dtype = None
-    if for_linear and torch.is_autocast_enabled("cpu") and residual.dtype == torch.float32:
-        out_dtype = torch.get_autocast_dtype("cpu")
+    device_type = residual.device.type
+    if for_linear and torch.is_autocast_enabled(device_type) and residual.dtype == torch.float32:
+        out_dtype = torch.get_autocast_dtype(device_type)
     return add_layer_norm(part, residual, norm.weight, norm.bias, p, norm.eps, out_dtype=out_dtype)
 
 

@@ -215,8 +215,13 @@ def test_every_op_can_be_measured() -> None:
 
 
 def test_a_gpu_is_given_what_has_cases_for_one() -> None:
-    on_cpus = ("bias_gelu", "dropout")
-    assert bench._names(None, "cuda:0", None) == [op for op in OPS if op not in on_cpus]
+    assert bench._names(None, "cuda:0", None) == [*OPS, "training"]
+    assert bench._names(None, "cuda:0", "triton") == OPS
+    # that has no kernels of these two, which is no reason to measure none
+    compiled = [op for op in OPS if op not in ("bias_gelu", "dropout")]
+    assert bench._names(None, "cuda:0", "cuda") == compiled
+    with pytest.raises(UsageError, match=r"--backend cuda: dropout has cpu, triton, reference, give one"):
+        bench._names("dropout", "cuda:0", "cuda")
     assert bench._names(None, "cpu", None) == [
         *bench.ops(),
         "modules",
@@ -226,6 +231,8 @@ def test_a_gpu_is_given_what_has_cases_for_one() -> None:
         "dual",
     ]
     assert bench._names(None, "cpu", "reference") == bench.ops()
-    for name in ("modules", "training", "bert", "translation", "dual"):
+    for name in ("modules", "bert", "translation", "dual"):
         with pytest.raises(UsageError, match=f"{name} is not measured with this --device or --backend"):
             bench._names(name, "cuda:0", None)
+    with pytest.raises(UsageError, match="training is not measured with this --device or --backend"):
+        bench._names("training", "cuda:0", "cuda")

@@ -7,6 +7,7 @@ from torch import nn
 
 from nlpfast.models.gpt import GPT, Block, GPTConfig
 from nlpfast.nn import network
+from nlpfast.nn.joined import joined_on, joins
 from nlpfast.nn.network import Network, linear_gelu, linear_relu
 from nlpfast.nn.residual import Stream
 
@@ -156,3 +157,13 @@ def test_another_activation_or_a_hook_on_it_is_heeded(fused):
     net[1] = nn.GELU("tanh")
     torch.testing.assert_close(net(x), net[2](F.gelu(net[0](x), approximate="tanh")))
     assert len(fused) == 1
+
+
+def test_operations_are_joined_on_cpus_and_where_one_asks_for_it() -> None:
+    cpu, other = torch.empty(1), torch.empty(1, device="meta")
+    assert joins(cpu) and not joins(other)
+    with joined_on("meta"):
+        with joined_on("cpu"), joined_on("meta"):
+            assert joins(other)
+        assert joins(cpu) and joins(other)
+    assert joins(cpu) and not joins(other)
