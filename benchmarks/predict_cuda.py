@@ -36,6 +36,7 @@ RATES = {
     **{name: RATES[name] for name in ("memory", "exp")},
     "products": (620e12, "operations", "an assumption: mma.sync at 63 % of the peak of wgmma"),
     "instructions": (0.93e12, "a warp's instructions", "four a clock on each of 132 multiprocessors"),
+    "L2": (5.5e12, "bytes", "an assumption: read from the L2 cache"),
 }
 REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 233472
 # Of cross entropy's listing: for eight numbers of 16 bits maximum, smoothing, sum and gradient; of 32 for
@@ -79,6 +80,7 @@ class Launch(NamedTuple):
         in_flight: bytes of a block's loads that are under way at a time.
         products: operations.
         exps: exponentials.
+        cached: bytes that are read from the L2 cache, where they are far more than those that must be moved.
         instructions: those of each of the rounds, if they are not those of the code.
         goal: of GOALS, "" for none.
         limit: seconds that the goal allows.
@@ -95,6 +97,7 @@ class Launch(NamedTuple):
     in_flight: float
     products: float = 0.0
     exps: float = 0.0
+    cached: float = 0.0
     instructions: tuple[float, ...] | None = None
     goal: str = ""
     limit: float = math.nan
@@ -118,6 +121,7 @@ class Launch(NamedTuple):
             "memory": self.bytes,
             "products": self.products,
             "exp": self.exps,
+            "L2": self.cached,
             "instructions": sum(n * times for n, times in zip(each, self.rounds, strict=False)),
         }
         return {name: number / RATES[name][0] for name, number in numbers.items()}
@@ -252,12 +256,14 @@ def alignment(case: bench_alignment_loss.Case) -> Iterator[Launch]:
         ("alignment_loss", "group_pairs", "", ()),
         warps=8,
         shared=(L + S + 8) * 4,
-        # each block reads the number of the entry of every pair, in sectors of 32 bytes, from the L2 cache
         bytes=24 * P + 16 * P,
-        # one warp orders an entry's pairs in two passes, two others wait for it
-        rounds=(8 * B, B * (P / 32 + 4 * L / 32)),
-        instructions=(325.0, 40.0),
-        in_flight=8 * 32 * 32,
+        # each block reads every pair
+        cached=24 * P * B,
+        # four pairs of a thread at a time; then a warp orders an entry's pairs by query, another by key, in
+        # two passes and one over the rows: as the listing has it
+        rounds=(8 * B, 8 * B * math.ceil(P / 1024), B * (4 * math.ceil(P / B / 32) + (L + S) / 32)),
+        instructions=(350.0, 125.0, 45.0),
+        in_flight=256 * 4 * 24,
     )
 
 

@@ -40,17 +40,17 @@ Problem problem_of(const Tensor& query, const Tensor& key, const std::vector<int
   STD_TORCH_CHECK(n > 0 && n <= MAX_HEADS, "there must be 1 to ", MAX_HEADS, " heads");
   for (int64_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(heads[i] >= 0 && heads[i] < H, "head ", heads[i], " lies outside of the heads");
-    p.heads[i] = static_cast<uint16_t>(heads[i]);
+    p.heads[i] = static_cast<uint16_t>(heads[i]), p.key_heads[i] = static_cast<uint16_t>(heads[i] / (H / Hk));
   }
   p.query = rows_of(query), p.key = rows_of(key);
   p.L = query.size(2), p.S = key.size(2);
   STD_TORCH_CHECK(query.size(0) <= 0x7fffffff && query.size(3) <= 0x7fffffff, "the batch is too large");
-  p.B = static_cast<int>(query.size(0)), p.H = static_cast<int>(H), p.group = static_cast<int>(H / Hk);
+  p.B = static_cast<int>(query.size(0)), p.H = static_cast<int>(H), p.Hk = static_cast<int>(Hk);
   p.D = static_cast<int>(query.size(3)), p.n = static_cast<int>(n), p.scale = static_cast<float>(scale);
   // as many lanes as there are pieces in a row, up to 32
   const int pieces = static_cast<int>((p.D * static_cast<int64_t>(query.element_size()) + 15) / 16);
-  p.lanes = 1;
-  while (p.lanes < pieces && p.lanes < 32) p.lanes *= 2;
+  while (1 << p.shift < pieces && p.shift < 5) ++p.shift;
+  p.lanes = 1 << p.shift;
   return p;
 }
 

@@ -17,33 +17,54 @@ struct Grouping {
   int B;
 };
 
+// Pairs that a thread has on their way when it counts.
+constexpr int AT_ONCE = 4;
+constexpr unsigned GROUP_WARPS = GROUP_THREADS / WARP_SIZE;
+
 __device__ __forceinline__ unsigned lanes_below() { return (1u << threadIdx.x % WARP_SIZE) - 1; }
 
-// The sum over the block, in all of its threads; `scratch` is for a number a warp.
-__device__ __forceinline__ int over_block(int x, int* scratch) {
+// What f makes of a number of each thread of the block, in all of its threads; `scratch` is for a number a warp.
+template <class F>
+__device__ __forceinline__ int over_block(int x, int* scratch, F f) {
 #pragma unroll
-  for (unsigned step = WARP_SIZE / 2; step; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
+  for (unsigned step = WARP_SIZE / 2; step; step /= 2) x = f(x, __shfl_xor_sync(ALL_LANES, x, step));
   __syncthreads();
   if (threadIdx.x % WARP_SIZE == 0) scratch[threadIdx.x / WARP_SIZE] = x;
   __syncthreads();
-  x = 0;
-  for (unsigned w = 0; w < blockDim.x / WARP_SIZE; ++w) x += scratch[w];
+  x = scratch[0];
+#pragma unroll
+  for (unsigned w = 1; w < GROUP_WARPS; ++w) x = f(x, scratch[w]);
   return x;
 }
 
 // Lists the pairs of entry b, in their order, from listed[base] on, base being how many there are of entries before;
-// returns both.
+// returns both. All pairs are read once, several at a time, as that waits for memory and for nothing else; then those
+// from the entry's first one to its last.
 __device__ __forceinline__ void list_entry(const Grouping& g, int b, int* scratch, int& base, int& count) {
+  int earliest = 0x7fffffff;
   base = count = 0;
-  for (int64_t i = threadIdx.x; i < g.P; i += blockDim.x) {
-    const Pair pair(g.pairs + 3 * i);
-    const bool there = pair.is_there(g.B, g.L, g.S);
-    base += there && pair.b < b;
-    count += there && pair.b == b;
+  for (int64_t from = threadIdx.x; from < g.P; from += AT_ONCE * GROUP_THREADS) {
+    Pair pairs[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      const int64_t i = from + j * GROUP_THREADS;
+      // instead of one that is not there, one that is read already
+      pairs[j] = Pair(g.pairs + 3 * (i < g.P ? i : from));
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; ++j) {
+      const int64_t i = from + j * GROUP_THREADS;
+      const bool there = (i < g.P) & pairs[j].is_there(g.B, g.L, g.S), mine = there & (pairs[j].b == b);
+      base += there & (pairs[j].b < b);
+      count += mine;
+      earliest = mine && i < earliest ? static_cast<int>(i) : earliest;
+    }
   }
-  base = over_block(base, scratch), count = over_block(count, scratch);
+  const auto sum = [](int x, int y) { return x + y; };
+  base = over_block(base, scratch, sum), count = over_block(count, scratch, sum);
   int next = base;
-  for (int64_t first = 0; first < g.P && next < base + count; first += blockDim.x) {
+  int64_t first = over_block(earliest, scratch, [](int x, int y) { return x < y ? x : y; });
+  for (; first < g.P && next < base + count; first += GROUP_THREADS) {
     const int64_t i = first + threadIdx.x;
     bool mine = false;
     if (i < g.P) {
@@ -56,7 +77,8 @@ __device__ __forceinline__ void list_entry(const Grouping& g, int b, int* scratc
     if (threadIdx.x % WARP_SIZE == 0) scratch[warp] = __popc(theirs);
     __syncthreads();
     int place = next + __popc(theirs & lanes_below());
-    for (unsigned w = 0; w < blockDim.x / WARP_SIZE; ++w) {
+#pragma unroll
+    for (unsigned w = 0; w < GROUP_WARPS; ++w) {
       if (w < warp) place += scratch[w];
       next += scratch[w];
     }
@@ -104,7 +126,7 @@ __device__ __forceinline__ void order_rows(const Grouping& g, const int* listed,
 }
 
 // A block an entry of the batch: all of it lists the entry's pairs, then one warp orders them by query, another by key.
-__global__ void __launch_bounds__(GROUP_THREADS) group_pairs(Grouping g) {
+__global__ void __launch_bounds__(GROUP_THREADS, 1) group_pairs(Grouping g) {
   int* counted = reinterpret_cast<int*>(shared_memory());
   int* scratch = counted + g.L + g.S;
   const int b = static_cast<int>(blockIdx.x);

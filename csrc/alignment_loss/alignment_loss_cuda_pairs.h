@@ -28,17 +28,25 @@ struct Problem {
   const int64_t* lengths;                                  // [B], may be null
   int64_t* found;                                          // [B, L]
   int64_t P, L, S;
-  int B, H, group, D, n, lanes;
+  int B, H, Hk, D, n, lanes, shift;  // lanes of a head, 1 << shift
   float scale;
-  uint16_t heads[MAX_HEADS];
+  uint16_t heads[MAX_HEADS], key_heads[MAX_HEADS];
+
+  // Which of the heads that a warp has side by side is this lane's, its place in it, and how many heads these are.
+  __device__ __forceinline__ int head_of(unsigned lane) const { return static_cast<int>(lane >> shift); }
+  __device__ __forceinline__ int place_of(unsigned lane) const { return static_cast<int>(lane) & (lanes - 1); }
+  __device__ __forceinline__ int together() const { return 32 >> shift; }
 };
 
 struct Pair {
-  int64_t b, t, s;
+  int64_t b = 0, t = 0, s = 0;
 
+  Pair() = default;
   __device__ __forceinline__ explicit Pair(const int64_t* p) : b(p[0]), t(p[1]), s(p[2]) {}
   __device__ __forceinline__ bool is_there(int64_t B, int64_t L, int64_t S) const {
-    return b >= 0 && b < B && t >= 0 && t < L && s >= 0 && s < S;
+    // without jumps, which would have loads wait for each other
+    const auto within = [](int64_t x, int64_t n) { return static_cast<uint64_t>(x) < static_cast<uint64_t>(n); };
+    return within(b, B) & within(t, L) & within(s, S);
   }
 };
 
@@ -80,16 +88,21 @@ template <class E, bool VECTORS>
 __global__ void __launch_bounds__(WARPS * 32, 6) forward(Problem p) {
   const int64_t number = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.y;
   if (number >= p.P) return;
-  const Pair pair(p.pairs + 3 * number);
+  Pair pair(p.pairs + 3 * number);
   const bool there = pair.is_there(p.B, p.L, p.S);
-  const int lane = static_cast<int>(threadIdx.x), together = 32 / p.lanes, at = lane % p.lanes;
-  for (int first = 0; first < p.n; first += together) {
-    const int i = first + lane / p.lanes;
+  if (!there) pair = {};
+  const int at = p.place_of(threadIdx.x);
+  const E *queries = p.query.at<E>(pair.b, 0, pair.t), *keys = p.key.at<E>(pair.b, 0, pair.s);
+  const int64_t lse_place = pair.b * p.H * p.L + pair.t;
+  for (int first = 0; first < p.n; first += p.together()) {
+    const int i = first + p.head_of(threadIdx.x);
     const bool mine = there && i < p.n;
     const int h = mine ? p.heads[i] : 0;
     float score = 0.0f;
     if (mine) {
-      const E *q = p.query.at<E>(pair.b, h, pair.t), *k = p.key.at<E>(pair.b, h / p.group, pair.s);
+      const E *q = queries + h * p.query.head, *k = keys + p.key_heads[i] * p.key.head;
+      // once but for very long rows: several at a time would take a division to count them
+#pragma unroll 1
       for (int d = at * PER_VECTOR<E>; d < p.D; d += p.lanes * PER_VECTOR<E>) {
         Chunk<E, VECTORS> x, y;
         x.load(q, d, p.D), y.load(k, d, p.D);
@@ -98,7 +111,7 @@ __global__ void __launch_bounds__(WARPS * 32, 6) forward(Problem p) {
     }
     for (int step = p.lanes / 2; step; step /= 2) score += __shfl_xor_sync(ALL_LANES, score, step);
     if (at || i >= p.n) continue;
-    const float lse = mine ? p.lse[(pair.b * p.H + h) * p.L + pair.t] : NAN;
+    const float lse = mine ? p.lse[lse_place + h * p.L] : NAN;
     // a query that sees no key gives none a probability
     p.terms[number * p.n + i] = lse == -INFINITY ? -INFINITY : p.scale * score - lse;
   }
@@ -131,16 +144,16 @@ __device__ __forceinline__ void add_to_query(const Problem& p, unsigned row) {
   const int begin = p.query_begin[row], end = p.query_begin[row + 1];
   const unsigned L = static_cast<unsigned>(p.L);
   const int64_t b = row / L, t = row % L;
-  const int lane = static_cast<int>(threadIdx.x), at = lane % p.lanes;
+  const int at = p.place_of(threadIdx.x);
   if (begin == end) return;
-  for (int i = lane / p.lanes; i < p.n; i += 32 / p.lanes) {
+  for (int i = p.head_of(threadIdx.x); i < p.n; i += p.together()) {
     const int h = p.heads[i];
     for (int d = at * PER_VECTOR<E>; p.d_query.data && d < p.D; d += p.lanes * PER_VECTOR<E>) {
       Sums<E, VECTORS> total;
 #pragma unroll 1
       for (int o = begin; o < end; ++o) {
         const int64_t pair = p.by_query[o];
-        const E* k = p.key.at<E>(b, h / p.group, p.pairs[3 * pair + 2]);
+        const E* k = p.key.at<E>(b, p.key_heads[i], p.pairs[3 * pair + 2]);
         total.add(p.scale * p.coefficients[pair * p.n + i], k, d, p.D);
       }
       total.add_to(p.d_query.at<E>(b, h, t), d, p.D);
@@ -159,15 +172,13 @@ __device__ __forceinline__ void add_to_key(const Problem& p, unsigned row) {
   const int begin = p.key_begin[row], end = p.key_begin[row + 1];
   const unsigned S = static_cast<unsigned>(p.S);
   const int64_t b = row / S, s = row % S;
-  const int lane = static_cast<int>(threadIdx.x);
   if (begin == end) return;
-  for (int hk = lane / p.lanes; hk < p.H / p.group; hk += 32 / p.lanes) {
-    // heads of this group
-    const auto reads = [&](int i) { return p.heads[i] >= hk * p.group && p.heads[i] < (hk + 1) * p.group; };
+  for (int hk = p.head_of(threadIdx.x); hk < p.Hk; hk += p.together()) {
+    const auto reads = [&](int i) { return p.key_heads[i] == hk; };
     bool read = false;
 #pragma unroll 1
     for (int i = 0; i < p.n; ++i) read = read || reads(i);
-    for (int d = lane % p.lanes * PER_VECTOR<E>; read && d < p.D; d += p.lanes * PER_VECTOR<E>) {
+    for (int d = p.place_of(threadIdx.x) * PER_VECTOR<E>; read && d < p.D; d += p.lanes * PER_VECTOR<E>) {
       Sums<E, VECTORS> total;
 #pragma unroll 1
       for (int o = begin; o < end; ++o) {
@@ -211,7 +222,7 @@ __global__ void __launch_bounds__(WARPS * 32, 6) largest(Problem p) {
     float total[ROWS] = {};
     for (int i = 0; i < p.n; ++i) {
       const int h = p.heads[i];
-      const E *k = p.key.at<E>(b, h / p.group, s), *q = p.query.at<E>(b, h, t);
+      const E *k = p.key.at<E>(b, p.key_heads[i], s), *q = p.query.at<E>(b, h, t);
       float score[ROWS] = {};
       for (int d = 0; d < p.D; d += PER_VECTOR<E>) {
         Chunk<E, VECTORS> x, y;
