@@ -40,7 +40,7 @@ import torch
 from nlpfast.cli import info
 
 from .gpu import TRITON, Gpu, Step, timers_of
-from .rows import of_passes, of_rounds, of_steps
+from .rows import Measured, of_passes, of_rounds, of_steps
 
 T = TypeVar("T")
 Result = dict[str, Any]
@@ -234,7 +234,7 @@ def _measure_case(
     steps = {name: bench.passes(case, name, settings, 1)[0].step for name in names}
     seconds = SECONDS_PER_STEP["quick" if settings.quick else "full"] * len(steps)
     times = interleave(steps, seconds, getattr(case, "rounds", None))
-    rows = of_rounds(bench, case, settings, rates, times, errors)
+    rows = of_rounds(Measured(bench, case, settings, rates, errors), times)
     if hasattr(bench, "memory") and torch.get_num_threads() == 1 and not settings.quick:
         megabytes = {name: bench.memory(case, name) for name in names}
         for row in rows:
@@ -259,7 +259,7 @@ def _measure_on_gpu(
     seconds = CUDA_SECONDS_PER_STEP["quick" if settings.quick else "full"] * len(timers)
     times = take_turns({name: timer.times for name, timer in timers.items()}, seconds)
     of_kind = of_steps if hasattr(bench, "CUDA_TIMER") else of_passes
-    return of_kind(bench, case, settings, rates, times, timers, errors)
+    return of_kind(Measured(bench, case, settings, rates, errors), times, timers)
 
 
 def _timed(step: Step) -> float:

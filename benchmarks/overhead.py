@@ -44,11 +44,8 @@ def operations(device: str) -> dict[str, Call]:
     lse = torch.zeros(B, H, T, device=device)
     pairs = torch.tensor([[0, t, t] for t in range(T)], device=device)
     logits = torch.randn(1, N, V, generator=numbers).to(device)
-    target, one, gradient = (
-        torch.arange(N, device=device)[None],
-        torch.ones((), device=device),
-        logits.clone(),
-    )
+    gradient, target = torch.empty_like(logits), torch.arange(N, device=device)[None]
+    one = torch.ones((), device=device)
     x, weight = logits[0], torch.ones(V, device=device)
     ops, scale = torch.ops.nlpfast, D**-0.5
     # no lengths and no offsets of packed sequences, keys at most, no dropout, not causal

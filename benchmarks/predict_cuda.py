@@ -8,8 +8,8 @@ Bytes are those that must be moved. Products and exponentials are those of whole
 warp's: the code of each loop times how often warps go through it (see cuda_resources.executed); both sides of
 branches are counted, those for tiles with hidden keys too, so that they are rather too many. Cross entropy's
 are counted in its listing by hand, because most of its code is for the one piece of a row that holds the
-target. In flight: the bytes of a multiprocessor's loads that can be under way at a time; to keep the memory
-busy it takes about 25 KB.
+target; so are those that group pairs, whose loops are of different warps. In flight: the bytes of a
+multiprocessor's loads that can be under way at a time; to keep the memory busy it takes about 25 KB.
 
 Left out is what makes kernels slower, as in predict_attention: the counts overlap, but not perfectly.
 """

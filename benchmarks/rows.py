@@ -5,36 +5,44 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .gpu import StepTimer, StepTimes, Timer, Times
 
-__all__ = ["of_passes", "of_rounds", "of_steps"]
+__all__ = ["Measured", "of_passes", "of_rounds", "of_steps"]
 
 Result = dict[str, Any]
 LAUNCHED = ", launched by Python"
 
 
-def of_rounds(
-    bench: ModuleType,
-    case: Any,
-    settings: Any,
-    rates: Result,
-    times: Mapping[str, Sequence[float]],
-    errors: Mapping[str, Mapping[str, float]],
-) -> list[Result]:
-    """Return a row for each peer that was timed.
+class Measured(NamedTuple):
+    """A case, and what is known of it besides times.
 
-    Args:
+    Attributes:
         bench: a benchmark module.
         case: one of its cases.
         settings: what is measured.
         rates: what the machine reaches.
-        times: seconds of the rounds, by name, ours too.
-        errors: of each, by name.
+        errors: of each implementation, by name.
     """
+
+    bench: ModuleType
+    case: Any
+    settings: Any
+    rates: Result
+    errors: Mapping[str, Mapping[str, float]]
+
+
+def of_rounds(measured: Measured, times: Mapping[str, Sequence[float]]) -> list[Result]:
+    """Return a row for each peer that was timed.
+
+    Args:
+        measured: the case.
+        times: seconds of the rounds, by name, ours too.
+    """
+    bench, case, settings, rates, errors = measured
     ours, backend = times[bench.OURS], bench.chosen(case, settings)
     description = bench.describe(case)
     rate = bench.flops(case) / min(ours) / 1e9
@@ -62,80 +70,59 @@ def of_rounds(
 
 
 def of_passes(
-    bench: ModuleType,
-    case: Any,
-    settings: Any,
-    rates: Result,
-    times: Mapping[str, Sequence[Times]],
-    timers: Mapping[str, Timer],
-    errors: Mapping[str, Mapping[str, float]],
+    measured: Measured, times: Mapping[str, Sequence[Times]], timers: Mapping[str, Timer]
 ) -> list[Result]:
-    """Return a row for each peer that was timed on a GPU; see `of_rounds`.
+    """Return a row for each peer that was timed on a GPU, pass by pass.
 
     Args:
-        bench: a benchmark module.
-        case: one of its cases.
-        settings: what is measured.
-        rates: what the machine reaches.
+        measured: the case.
         times: of the rounds, by name, ours too.
         timers: of each, by name.
-        errors: of each, by name.
     """
     steps = {name: [each.step for each in rounds] for name, rounds in times.items()}
-    return [
-        {**row, **_columns(bench, case, row["peer"], times, timers, rates)}
-        for row in of_rounds(bench, case, settings, rates, steps, errors)
-    ]
+    rows = of_rounds(measured, steps)
+    return [{**row, **_columns(measured, row["peer"], times, timers)} for row in rows]
 
 
 def of_steps(
-    bench: ModuleType,
-    case: Any,
-    settings: Any,
-    rates: Result,
-    times: Mapping[str, Sequence[StepTimes]],
-    timers: Mapping[str, StepTimer],
-    errors: Mapping[str, Mapping[str, float]],
+    measured: Measured, times: Mapping[str, Sequence[StepTimes]], timers: Mapping[str, StepTimer]
 ) -> list[Result]:
     """Return two rows for each peer whose steps were timed on a GPU: of graphs, and as Python launches them.
 
     Args:
-        bench: a benchmark module.
-        case: one of its cases.
-        settings: what is measured.
-        rates: what the machine reaches.
+        measured: the case.
         times: of the rounds, by name, ours too.
         timers: of each, by name.
-        errors: of each, by name.
     """
     found = []
     for part, words in (("step", ""), ("launched", LAUNCHED)):
         steps = {name: [getattr(each, part) for each in rounds] for name, rounds in times.items()}
-        for row in of_rounds(bench, case, settings, rates, steps, errors):
+        for row in of_rounds(measured, steps):
             row["name"] += words
-            who = {"ours": timers[bench.OURS], "peer": timers[row["peer"]]}
-            row["captured"] = {name: timer.refusal is None for name, timer in who.items()}
-            row["memory_mb"] = {name: round(timer.memory / 1e6, 1) for name, timer in who.items()}
-            found.append(row)
+            found.append({**row, **_timed(measured.bench.OURS, row["peer"], timers)})
     return found
 
 
+def _timed(ours: str, peer: str, timers: Mapping[str, Timer] | Mapping[str, StepTimer]) -> Result:
+    """Return whether both were captured, and the megabytes that their steps take."""
+    who = {"ours": timers[ours], "peer": timers[peer]}
+    return {
+        "captured": {name: timer.refusal is None for name, timer in who.items()},
+        "memory_mb": {name: round(timer.memory / 1e6, 1) for name, timer in who.items()},
+    }
+
+
 def _columns(
-    bench: ModuleType,
-    case: Any,
-    peer: str,
-    times: Mapping[str, Sequence[Times]],
-    timers: Mapping[str, Timer],
-    rates: Result,
+    measured: Measured, peer: str, times: Mapping[str, Sequence[Times]], timers: Mapping[str, Timer]
 ) -> Result:
     """Return what a row has only on a GPU: the passes apart, Python's part, bytes in a second, memory."""
+    bench, case, _, rates, _ = measured
     pair = {"ours": bench.OURS, "peer": peer}
     found: Result = {
         "goal_peer": _fastest_sdpa(times, "step"),
         "backward_peer": _fastest_sdpa(times, "backward"),
         "copies": len(timers[peer].passes),
-        "captured": {who: timers[name].refusal is None for who, name in pair.items()},
-        "memory_mb": {who: round(timers[name].memory / 1e6, 1) for who, name in pair.items()},
+        **_timed(bench.OURS, peer, timers),
     }
     for part in ("forward", "backward", "latency"):
         each = {who: [getattr(x, part) for x in times[name]] for who, name in pair.items()}

@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "before and after the switch, bert, steps of a packed BERT against padding, translation, those of a "
         "Transformer and its beam search, or dual, steps of two that teach each other (all)",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer sizes: 70 seconds on a CPU, 3 minutes on a GPU"
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer sizes: 70 seconds on a CPU")
     parser.add_argument(
         "--threads",
         type=_threads,
